@@ -1,0 +1,39 @@
+# make demo   the four stages on a synthetic devkit, scored, with a picture (about 5 minutes, CPU)
+# make test   lint and the whole test suite
+# make setup  only the virtual environment; the others do it when needed
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := runs/demo
+SEED ?= 0
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(RUN) -m voc12.toy $(DEMO)/VOC --images 160 --size 192 --seed $(SEED)
+	$(RUN) -m tool.pipeline --voc12_root $(DEMO)/VOC --network tiny --weights none \
+	    --out_dir $(DEMO) --seed $(SEED) --num_workers 1
+	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/val.txt \
+	    --cam $(DEMO)/cam --rw $(DEMO)/rw --out $(DEMO)/result_val.png
+	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/train.txt \
+	    --cam $(DEMO)/cam --la $(DEMO)/la_crf --ha $(DEMO)/ha_crf --rw $(DEMO)/rw \
+	    --out $(DEMO)/result_train.png
+
+test: setup lint
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+setup: $(VENV)/.installed
+
+# Installed anew whenever the requirements change.
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf runs

@@ -1,0 +1,112 @@
+"""Stage 2: class activation maps of images, and the CRF scores that stage 3 learns from.
+
+    python3 infer_cls.py --infer_list voc12/train_aug.txt --voc12_root VOC2012
+        --network network.vgg16_cls --weights vgg16_cls.pth
+        --out_cam CAM --out_la_crf LA --out_ha_crf HA
+    python3 infer_cls.py --infer_list voc12/val.txt --voc12_root VOC2012
+        --network network.resnet38_cls --weights resnet38_cls.pth --out_cam_pred PRED
+
+Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is named.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tool import cli
+from tool.cam import fixed_background_label, multi_scale_cam
+from tool.crf import background_and_maps, dense_crf
+from tool.distributed import choose_device, seed_everything
+from tool.errors import UsageError
+from tool.loading import load, single
+from tool.maps import save_index_png, save_maps
+from tool.weights import load_for_inference
+from voc12.data import (
+    MultiScaleSet,
+    add_devkit_arguments,
+    index_image,
+    open_devkit,
+    read_ids,
+)
+
+# Background score of --out_cam_pred (released code).
+BACKGROUND_SCORE = 0.2
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
+    add = parser.add_argument
+    cli.add_inference_arguments(parser, network="network.vgg16_cls")
+    add_devkit_arguments(parser)
+    add("--low_alpha", type=cli.positive_float, default=4, help="background exponent, --out_la_crf")
+    add("--high_alpha", type=cli.positive_float, default=32, help="the same of --out_ha_crf")
+    add("--out_cam", metavar="DIR", help="folder for class activation maps")
+    add("--out_la_crf", metavar="DIR", help="folder for CRF scores with the low alpha")
+    add("--out_ha_crf", metavar="DIR", help="folder for CRF scores with the high alpha")
+    add("--out_cam_pred", metavar="DIR", help="folder for index images, background score 0.2")
+    add(
+        "--scales",
+        nargs="+",
+        type=cli.positive_float,
+        default=(1, 0.5, 1.5, 2),
+        help="sizes at which an image is seen, times its own; each also mirrored",
+    )
+    return parser
+
+
+def write_outputs(
+    args: argparse.Namespace, image_id: str, image: np.ndarray, classes: Sequence[int], cam: Tensor
+) -> None:
+    """Write one image's maps (``cam``: present classes x H x W) to the folders that were named."""
+    maps = cam.cpu().numpy()
+    if args.out_cam:
+        save_maps(Path(args.out_cam, f"{image_id}.npy"), dict(zip(classes, maps, strict=True)))
+    if args.out_cam_pred:
+        label = index_image(fixed_background_label(maps, BACKGROUND_SCORE), classes)
+        save_index_png(Path(args.out_cam_pred, f"{image_id}.png"), label)
+    crf_outputs = [
+        (folder, alpha)
+        for folder, alpha in ((args.out_la_crf, args.low_alpha), (args.out_ha_crf, args.high_alpha))
+        if folder
+    ]
+    if crf_outputs:
+        score_sets = [background_and_maps(maps, alpha) for _, alpha in crf_outputs]
+        for (folder, _), scores in zip(crf_outputs, dense_crf(image, score_sets), strict=True):
+            keys = [0, *(k + 1 for k in classes)]
+            save_maps(Path(folder, f"{image_id}.npy"), dict(zip(keys, scores, strict=True)))
+
+
+@torch.no_grad()
+def infer(
+    net: nn.Module, dataset: MultiScaleSet, args: argparse.Namespace, device: torch.device
+) -> None:
+    """Write every image's outputs."""
+    samples = load(dataset, range(len(dataset)), 1, args.num_workers, collate=single)
+    for sample in cli.progress(samples, "infer_cls", total=len(dataset)):
+        classes = np.flatnonzero(sample.label).tolist()
+        size = sample.image.shape[:2]
+        cam = multi_scale_cam(net, [pair.to(device) for pair in sample.scaled], size, classes)
+        write_outputs(args, sample.image_id, sample.image, classes, cam)
+
+
+def main(args: argparse.Namespace) -> None:
+    if not (args.out_cam or args.out_la_crf or args.out_ha_crf or args.out_cam_pred):
+        raise UsageError(
+            "name at least one of --out_cam, --out_la_crf, --out_ha_crf, --out_cam_pred."
+        )
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+    devkit = open_devkit(args)
+    ids = read_ids(args.infer_list)
+    net = args.network.Net(num_classes=len(devkit.class_names))
+    load_for_inference(net, args.weights, print)
+    net.to(device).eval()
+    infer(net, MultiScaleSet(devkit, ids, net.normalize, args.scales), args, device)
+
+
+if __name__ == "__main__":
+    cli.run(get_args_parser(), main)

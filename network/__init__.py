@@ -1,0 +1,1 @@
+"""Backbones and the two heads: every ``*_cls`` and ``*_aff`` module offers a class ``Net``."""

@@ -1,0 +1,149 @@
+"""The two heads, written once: a classifier with class activation maps, and AffinityNet.
+
+A network is a head mixed with a backbone, ``class Net(ClassifierHead, vgg16d.Backbone)``, because
+published weights name a head's layers beside the backbone's (``fc8.weight``, ``conv1_1.weight``).
+
+A backbone offers:
+
+``stride``
+    pixels a feature cell;
+``level_channels``
+    the channels of its three feature levels, all of that stride, lowest first;
+``forward_levels(x)``
+    B x 3 x H x W -> those three, each B x channels x h x w;
+``normalize(image)``
+    uint8 H x W x 3 RGB -> float32 H x W x 3, as its pretrained weights expect;
+``frozen``
+    the names of the modules whose parameters do not train.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tool.affinity import pair_affinity
+
+# Dropout on the features that go into the classifier (released code).
+CLASSIFIER_DROPOUT = 0.5
+# Channels that the three levels are reduced to, and the gain of the layer that mixes them.
+AFFINITY_CHANNELS = (64, 128, 256)
+AFFINITY_MIX_GAIN = 4
+
+
+class _Head(nn.Module):
+    """What both heads share: what is frozen, and who belongs to which optimizer group."""
+
+    # Modules that pretrained weights do not have, and those of them that learn ten times faster.
+    new_layers: tuple[str, ...] = ()
+    fast_layers: tuple[str, ...] = ()
+
+    def _freeze(self) -> None:
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "_Head":
+        """Training mode, except that batch norm keeps running on its stored statistics."""
+        super().train(mode)
+        self._freeze()
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def get_parameter_groups(self) -> tuple[list, list, list, list]:
+        """The parameters that train: pretrained weights, their biases, new weights, new biases."""
+        groups: tuple[list, list, list, list] = ([], [], [], [])
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            module, _, kind = name.rpartition(".")
+            groups[2 * (module in self.fast_layers) + (kind == "bias")].append(parameter)
+        return groups
+
+
+class ClassifierHead(_Head):
+    """Image-level classification by a 1x1 convolution, whose maps before pooling are the CAMs.
+
+    Sec. 3.1 of the paper, eq. (1).
+    """
+
+    new_layers = fast_layers = ("fc8",)
+
+    def __init__(self, num_classes: int = 20):
+        super().__init__()
+        self.fc8 = nn.Conv2d(self.level_channels[-1], num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> logits B x classes."""
+        features = self.forward_levels(x)[-1]
+        features = F.dropout2d(features, CLASSIFIER_DROPOUT, self.training)
+        return self.fc8(features).mean(dim=(2, 3))
+
+    def forward_cam(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> CAMs B x classes x h x w, not negative."""
+        return self.scale_cam(F.relu(self.fc8(self.forward_levels(x)[-1])))
+
+    def scale_cam(self, cam: Tensor) -> Tensor:
+        """A backbone's own scaling of its CAMs; none, unless a network overrides it."""
+        return cam
+
+
+class AffinityHead(_Head):
+    """AffinityNet: features of three levels, mixed, whose L1 distance is a pair's affinity.
+
+    Sec. 3.2 of the paper and its Figure 3.
+    """
+
+    new_layers = fast_layers = ("f8_3", "f8_4", "f8_5", "f9")
+    reduced_channels = AFFINITY_CHANNELS
+
+    def __init__(self, radius: int = 5):
+        super().__init__()
+        self.radius = radius
+        reduced = self.reduced_channels
+        self.f8_3 = nn.Conv2d(self.level_channels[0], reduced[0], 1, bias=False)
+        self.f8_4 = nn.Conv2d(self.level_channels[1], reduced[1], 1, bias=False)
+        self.f8_5 = nn.Conv2d(self.level_channels[2], reduced[2], 1, bias=False)
+        self.f9 = nn.Conv2d(sum(reduced), sum(reduced), 1, bias=False)
+        for reduce in (self.f8_3, self.f8_4, self.f8_5):
+            nn.init.kaiming_normal_(reduce.weight)
+        nn.init.xavier_uniform_(self.f9.weight, gain=AFFINITY_MIX_GAIN)
+        self._freeze()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> the features to compare, B x C x h x w."""
+        low, middle, high = self.forward_levels(x)
+        low = F.elu(self.normalize_level("3", self.f8_3(low)))
+        middle = F.elu(self.normalize_level("4", self.f8_4(middle)))
+        high = F.elu(self.normalize_level("5", self.f8_5(high)))
+        return F.elu(self.f9(torch.cat([low, middle, high], dim=1)))
+
+    def normalize_level(self, level: str, x: Tensor) -> Tensor:
+        """A network's own normalization of a reduced level ("3", "4" or "5"); none by default."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> affinities B x offsets x sources, in 0..1, eq. (5)."""
+        return pair_affinity(self.forward_features(x), self.radius)
+
+
+class GroupNormAffinityHead(AffinityHead):
+    """AffinityNet with group norm on each reduced level, for backbones without batch norm."""
+
+    new_layers = (*AffinityHead.new_layers, "gn8_3", "gn8_4", "gn8_5")
+    level_groups: tuple[int, int, int] = (8, 16, 32)
+
+    def __init__(self, radius: int = 5):
+        super().__init__(radius)
+        for level, groups, channels in zip(
+            "345", self.level_groups, self.reduced_channels, strict=True
+        ):
+            self.add_module(f"gn8_{level}", nn.GroupNorm(groups, channels))
+
+    def normalize_level(self, level: str, x: Tensor) -> Tensor:
+        return self.get_submodule(f"gn8_{level}")(x)

@@ -1,0 +1,53 @@
+"""VGG-16 in DeepLab-LargeFOV's form: stride 8, dilated conv5, fc6 and fc7 as convolutions."""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The training images' mean in ImageNet's Caffe models, BGR, 0..255.
+MEAN_BGR = (104.008, 116.669, 122.675)
+FC6_DROPOUT = 0.5
+
+# (convolutions, channels, dilation) of the stages conv1_* to conv5_*.
+STAGES = ((2, 64, 1), (2, 128, 1), (3, 256, 1), (3, 512, 1), (3, 512, 2))
+# Stride of the pooling after each of the first four stages; nothing is pooled after conv5_3.
+POOL_STRIDES = (2, 2, 2, 1)
+
+
+class Backbone(nn.Module):
+    """The layers conv1_1 to fc7. ``fc6_dilation`` is set by the network that uses it."""
+
+    level_channels = (512, 512, 1024)
+    stride = 8
+    frozen = ("conv1_1", "conv1_2", "conv2_1", "conv2_2")
+    fc6_dilation: int
+
+    def __init__(self):
+        super().__init__()
+        channels_in = 3
+        for stage, (convolutions, channels, dilation) in enumerate(STAGES, start=1):
+            for index in range(1, convolutions + 1):
+                layer = nn.Conv2d(channels_in, channels, 3, padding=dilation, dilation=dilation)
+                self.add_module(f"conv{stage}_{index}", layer)
+                channels_in = channels
+        self.fc6 = nn.Conv2d(512, 1024, 3, padding=self.fc6_dilation, dilation=self.fc6_dilation)
+        self.fc7 = nn.Conv2d(1024, 1024, 1)
+
+    @staticmethod
+    def normalize(image: np.ndarray) -> np.ndarray:
+        """uint8 H x W x 3 RGB -> float32 H x W x 3 BGR without the mean, scale 0..255."""
+        return image[..., ::-1].astype(np.float32) - np.array(MEAN_BGR, np.float32)
+
+    def _forward_stage(self, stage: int, x: Tensor) -> Tensor:
+        for index in range(1, STAGES[stage - 1][0] + 1):
+            x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x))
+        return x
+
+    def forward_levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """B x 3 x H x W -> the outputs of conv4_3 (512), conv5_3 (512) and fc7 (1024), stride 8."""
+        for stage, stride in enumerate(POOL_STRIDES, start=1):
+            conv4 = self._forward_stage(stage, x)  # in the end, the fourth stage's
+            x = F.max_pool2d(conv4, kernel_size=3, stride=stride, padding=1)
+        conv5 = self._forward_stage(5, x)
+        x = F.dropout2d(F.relu(self.fc6(conv5)), FC6_DROPOUT, self.training)
+        return conv4, conv5, F.relu(self.fc7(x))

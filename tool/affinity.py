@@ -1,0 +1,120 @@
+"""Pairs of nearby cells on a feature grid: which they are, their affinity, labels and loss.
+
+A pair is (source, source + offset). Pair tensors are B x offsets x sources, offsets in the order of
+``pair_offsets`` and sources row by row. Sources are clipped so that every offset stays on the grid:
+the last ``radius - 1`` rows and the first and last ``radius - 1`` columns are none.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VOID = 255
+# Keeps logarithms finite and divisions defined (released code).
+EPSILON = 1e-5
+# A cell whose every score is below this has no label at all (released code).
+NO_SCORE = 1e-5
+
+
+def pair_offsets(radius: int) -> list[tuple[int, int]]:
+    """The offsets (dy, dx) that make each unordered pair nearer than ``radius`` once.
+
+    First (0, 1..radius-1), then each dy from 1 with dx ascending (Sec. 3.2.2, gamma).
+    """
+    same_row = [(0, dx) for dx in range(1, radius)]
+    below = [
+        (dy, dx)
+        for dy in range(1, radius)
+        for dx in range(1 - radius, radius)
+        if dy * dy + dx * dx < radius * radius
+    ]
+    return same_row + below
+
+
+def source_grid(height: int, width: int, radius: int) -> tuple[int, int]:
+    """Rows and columns of sources on a height x width grid; 0 where the grid is too small."""
+    reach = radius - 1
+    return max(0, height - reach), max(0, width - 2 * reach)
+
+
+def shifted_view(grid: Tensor, offset: tuple[int, int], radius: int) -> Tensor:
+    """The targets of all sources for one offset, or the sources themselves for (0, 0).
+
+    ``grid`` is ... x h x w, the result ... x source rows x source columns, a view.
+    """
+    rows, columns = source_grid(*grid.shape[-2:], radius)
+    top, left = offset[0], radius - 1 + offset[1]
+    return grid[..., top : top + rows, left : left + columns]
+
+
+def pair_indices(height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
+    """Row-major cell numbers of the pairs: int64 [sources] and their targets, offsets x sources."""
+    cells = torch.arange(height * width).view(height, width)
+    sources = shifted_view(cells, (0, 0), radius).reshape(-1)
+    targets = [shifted_view(cells, offset, radius).reshape(-1) for offset in pair_offsets(radius)]
+    return sources, torch.stack(targets) if targets else sources.new_empty(0, len(sources))
+
+
+def pair_affinity(features: Tensor, radius: int) -> Tensor:
+    """exp(-mean over channels of |f_i - f_j|) for every pair (eq. 5).
+
+    Features B x C x h x w -> affinities B x offsets x sources, in 0..1.
+    """
+    sources = shifted_view(features, (0, 0), radius)
+    affinities = [
+        torch.exp(-(shifted_view(features, offset, radius) - sources).abs().mean(dim=1)).flatten(1)
+        for offset in pair_offsets(radius)
+    ]
+    return torch.stack(affinities, dim=1)
+
+
+def pair_labels(label: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pairs are background, foreground and negative (Sec. 3.2.1).
+
+    ``label`` is B x h x w: 0 background, 255 void. Returns three bool tensors, B x offsets x
+    sources: both background; equal, neither background nor void; different, neither void.
+    """
+    source = shifted_view(label, (0, 0), radius).flatten(1).unsqueeze(1)
+    targets = [shifted_view(label, offset, radius).flatten(1) for offset in pair_offsets(radius)]
+    target = torch.stack(targets, dim=1)
+    valid = (source != VOID) & (target != VOID)
+    equal = source == target
+    return valid & equal & (source == 0), valid & equal & (source != 0), valid & ~equal
+
+
+def affinity_loss(
+    affinity: Tensor, background: Tensor, foreground: Tensor, negative: Tensor
+) -> dict[str, Tensor]:
+    """Cross entropy, averaged over each kind of pairs in the whole batch (eq. 6 to 9).
+
+    All arguments are B x offsets x sources. Returns the scalars ``loss``, ``bg``, ``fg``, ``neg``;
+    loss = bg / 4 + fg / 4 + neg / 2.
+    """
+    alike = -torch.log(affinity + EPSILON)
+    unlike = -torch.log(1 + EPSILON - affinity)
+    bg = _mean_over(alike, background)
+    fg = _mean_over(alike, foreground)
+    neg = _mean_over(unlike, negative)
+    return {"loss": bg / 4 + fg / 4 + neg / 2, "bg": bg, "fg": fg, "neg": neg}
+
+
+def _mean_over(values: Tensor, selected: Tensor) -> Tensor:
+    selected = selected.to(values.dtype)
+    return (selected * values).sum() / (selected.sum() + EPSILON)
+
+
+def affinity_label(low_alpha_scores: Tensor, high_alpha_scores: Tensor, stride: int) -> Tensor:
+    """Confident labels of one image's cells, from CRF scores with two alphas (Sec. 3.2.1).
+
+    Both scores are maps x H x W with the background first. They are mean-pooled by ``stride``; then
+    the low-alpha winner is the label, except that its background is not believed (void); where the
+    high-alpha winner is background, so is the cell; where there is no score at all, it is void.
+    Returns uint8 H/stride x W/stride of *local* indices (0 background, k the k-th map), 255 void.
+    """
+    low = F.avg_pool2d(low_alpha_scores[None], stride)[0]
+    high = F.avg_pool2d(high_alpha_scores[None], stride)[0]
+    label = low.argmax(dim=0)
+    label[label == 0] = VOID
+    label[high.argmax(dim=0) == 0] = 0
+    label[torch.cat([low, high]).amax(dim=0) < NO_SCORE] = VOID
+    return label.to(torch.uint8)

@@ -1,0 +1,37 @@
+"""Class activation maps over several scales, normalized; and the label that they give at once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Added to a map's maximum before it divides (released code).
+EPSILON = 1e-5
+
+
+def multi_scale_cam(
+    net: nn.Module, scaled: Sequence[Tensor], size: tuple[int, int], classes: Sequence[int]
+) -> Tensor:
+    """The CAMs of the classes that are present, summed over scales and mirror images, in 0..1.
+
+    ``scaled`` holds for each scale the normalized image and its mirror image, 2 x 3 x h x w;
+    ``size`` is the image's (H, W). Each map is resized to it, bilinear, mirrored back, summed, and
+    divided by its maximum. Returns float32 len(classes) x H x W. (Absent classes' maps would be
+    zero: they are left out.)
+    """
+    total = torch.zeros(len(classes), *size, device=scaled[0].device)
+    if not classes:
+        return total
+    for pair in scaled:
+        cams = net.forward_cam(pair)[:, list(classes)]
+        cams = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
+        total += cams[0] + cams[1].flip(-1)
+    return total / (total.amax(dim=(1, 2), keepdim=True) + EPSILON)
+
+
+def fixed_background_label(maps: np.ndarray, background_score: float) -> np.ndarray:
+    """The winner of [constant background, maps]: K x H x W -> H x W, local indices from 0 on."""
+    background = np.full((1, *maps.shape[1:]), background_score, maps.dtype)
+    return np.concatenate([background, maps]).argmax(axis=0)

@@ -1,0 +1,147 @@
+"""What every program's command line shares: argument types, exit codes, progress."""
+
+import argparse
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
+
+from tool.errors import DataError, UsageError
+
+EXIT_DATA, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
+    """Parse the command line, call ``main(args)`` and turn a foreseen failure into one sentence.
+
+    Exit codes: 0 done, 1 the data cannot be used, 2 the command line cannot, 130 interrupted.
+    An unforeseen exception keeps its traceback: it is a bug to report.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UsageError as error:
+        parser.error(str(error))
+    except DataError as error:
+        _leave(f"error: {error}", EXIT_DATA)
+    except OSError as error:
+        _leave(f"error: {error.filename or ''}: {error.strerror or error}", EXIT_DATA)
+    except KeyboardInterrupt:
+        _leave("interrupted: finished files are kept.", EXIT_INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Keeps the line breaks of a program's docstring and adds each flag's default."""
+    return _HelpFormatter(prog, max_help_position=30, width=100)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # "(default: None)" says nothing.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, kind: type, accepts: Callable, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def network_module(name: str):
+    """argparse type: the module named by ``--network``, e.g. ``network.vgg16_cls``.
+
+    Only modules of the package ``network`` are imported: a flag must not import just anything.
+    """
+    package, _, module = name.rpartition(".")
+    if package not in ("", "network") or not module.isidentifier():
+        raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
+    try:
+        loaded = importlib.import_module(f"network.{module}")
+    except ModuleNotFoundError as error:
+        raise argparse.ArgumentTypeError(f"there is no network {name!r}") from error
+    if not hasattr(loaded, "Net"):
+        raise argparse.ArgumentTypeError(f"{name!r} is a part of networks, without a head")
+    return loaded
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser, network: str) -> None:
+    """The flags of both inference programs."""
+    add = parser.add_argument
+    add("--network", type=network_module, default=network, help="module of the network")
+    add("--weights", required=True, help="the network's trained weights, or none (untrained)")
+    add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
+    add_run_arguments(parser)
+
+
+def add_radius_argument(parser: argparse.ArgumentParser) -> None:
+    """How near the cells of a pair are; both AffinityNet programs must agree on it."""
+    parser.add_argument(
+        "--radius",
+        type=positive_int,
+        default=5,
+        help="pairs are nearer than this many cells of the stride-8 grid (the paper's gamma)",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where and how any of the four programs runs."""
+    parser.add_argument(
+        "--num_workers",
+        type=non_negative_int,
+        default=default_num_workers(),
+        help="processes that load images; 0 loads in the program itself",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="same seed, same result on a CPU"
+    )
+
+
+def default_num_workers() -> int:
+    """Loader processes: the released code's 8, or the number of cores where less."""
+    return min(8, os.cpu_count() or 1)
+
+
+def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:
+    """A tqdm bar on stderr that counts ``unit`` per second; not at a terminal, it moves rarely."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(
+        items, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval, **kwargs
+    )

@@ -1,0 +1,115 @@
+"""Resizing, flips, crops and colour jitter; every random choice is drawn from a given generator."""
+
+import zlib
+
+import numpy as np
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+# Augmentation of both training stages (released code): strength of brightness, contrast and
+# saturation, and of hue.
+JITTER_STRENGTH = 0.3
+JITTER_HUE = 0.1
+
+
+def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
+    """The generator of one image's augmentation in one epoch.
+
+    It depends on nothing else, so neither the number of loader workers nor the place of the image
+    in the epoch changes what is drawn.
+    """
+    return np.random.default_rng([seed, epoch, zlib.crc32(image_id.encode())])
+
+
+def resize_long_side(image: Image.Image, long_side: int) -> Image.Image:
+    """The image with its longer side resized to ``long_side`` pixels, bicubic."""
+    width, height = image.size
+    longest = max(width, height)
+    return resize(image, round(height * long_side / longest), round(width * long_side / longest))
+
+
+def rescale(image: Image.Image, scale: float) -> Image.Image:
+    """The image with both sides multiplied by ``scale``, bicubic."""
+    width, height = image.size
+    return resize(image, round(height * scale), round(width * scale))
+
+
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image at the given size, bicubic; a side that would vanish keeps one pixel."""
+    return image.resize((max(1, width), max(1, height)), resample=Image.Resampling.BICUBIC)
+
+
+def random_resize_long_side(
+    image: Image.Image, shortest: int, longest: int, rng: np.random.Generator
+) -> Image.Image:
+    """Long side resized to a uniform integer in shortest..longest, both included."""
+    return resize_long_side(image, int(rng.integers(shortest, longest + 1)))
+
+
+def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast, saturation and hue changed at random, in random order."""
+    low, high = 1 - JITTER_STRENGTH, 1 + JITTER_STRENGTH
+    changes = (
+        (TF.adjust_brightness, rng.uniform(low, high)),
+        (TF.adjust_contrast, rng.uniform(low, high)),
+        (TF.adjust_saturation, rng.uniform(low, high)),
+        (TF.adjust_hue, rng.uniform(-JITTER_HUE, JITTER_HUE)),
+    )
+    for index in rng.permutation(len(changes)):
+        adjust, amount = changes[index]
+        image = adjust(image, amount)
+    return image
+
+
+def flip(array: np.ndarray) -> np.ndarray:
+    """H x W (x C) mirrored left to right."""
+    return np.ascontiguousarray(array[:, ::-1])
+
+
+def crop_box(
+    height: int, width: int, crop_size: int, rng: np.random.Generator
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a random crop comes from and goes to: (rows, columns) of the image, of the canvas.
+
+    A side longer than ``crop_size`` is cut at a uniform place; a shorter one is laid at a uniform
+    place on the canvas.
+    """
+    rows_from, rows_to = _crop_side(height, crop_size, rng)
+    columns_from, columns_to = _crop_side(width, crop_size, rng)
+    return (rows_from, columns_from), (rows_to, columns_to)
+
+
+def _crop_side(length: int, crop_size: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    size = min(length, crop_size)
+    slack = abs(length - crop_size)
+    place = int(rng.integers(slack + 1))
+    start, canvas_start = (place, 0) if length > crop_size else (0, place)
+    return slice(start, start + size), slice(canvas_start, canvas_start + size)
+
+
+def centre_box(
+    height: int, width: int, crop_size: int
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """As ``crop_box``, but the image's centre on the canvas's centre."""
+    rows_from, rows_to = _centre_side(height, crop_size)
+    columns_from, columns_to = _centre_side(width, crop_size)
+    return (rows_from, columns_from), (rows_to, columns_to)
+
+
+def _centre_side(length: int, crop_size: int) -> tuple[slice, slice]:
+    size = min(length, crop_size)
+    start, canvas_start = max(0, length - crop_size) // 2, max(0, crop_size - length) // 2
+    return slice(start, start + size), slice(canvas_start, canvas_start + size)
+
+
+def crop_to_canvas(array: np.ndarray, box: tuple, crop_size: int) -> np.ndarray:
+    """The part of H x W x C that a box names, on a crop_size x crop_size x C canvas of zeros."""
+    source, target = box
+    canvas = np.zeros((crop_size, crop_size, *array.shape[2:]), array.dtype)
+    canvas[target] = array[source]
+    return canvas
+
+
+def to_chw(array: np.ndarray) -> np.ndarray:
+    """H x W x C -> C x H x W, contiguous."""
+    return np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -1,0 +1,1 @@
+"""Everything that knows the folders of a PASCAL VOC devkit."""

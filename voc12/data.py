@@ -1,0 +1,395 @@
+"""Everything that knows a devkit's folders: ids, classes, labels, images, masks, data sets.
+
+A devkit is a folder with ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png``,
+``Annotations/<id>.xml`` and ``ImageSets/Segmentation/*.txt``. EXIF orientation is not applied, in
+any stage: maps, predictions and masks lie on the pixels as they are stored.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree.ElementTree import ParseError
+
+import defusedxml.ElementTree
+import numpy as np
+import torch
+from defusedxml.common import DefusedXmlException
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tool import transforms
+from tool.affinity import VOID, affinity_label
+from tool.errors import DataError
+from tool.maps import load_index_png, load_maps, load_npy_dict, open_image
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+
+BACKGROUND = "background"
+LABEL_FILE = "voc12/cls_labels.npy"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+Normalize = Callable[[np.ndarray], np.ndarray]
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """A text file's lines without comments (``#``), surrounding space and empty lines."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file in UTF-8.") from error
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def read_class_names(path: str | os.PathLike | None) -> tuple[str, ...]:
+    """The classes of a file with a name a line, without background; VOC's, where path is None."""
+    if path is None:
+        return VOC_CLASSES
+    names = tuple(read_lines(path))
+    if not names:
+        raise DataError(f"{path}: holds no class names; write one a line.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}: the class {repeated[0]} stands there twice.")
+    if BACKGROUND in names:
+        raise DataError(f"{path}: leave out {BACKGROUND}; it always is label 0.")
+    if len(names) >= VOID:
+        raise DataError(f"{path}: {len(names)} classes; index images hold {VOID - 1} at most.")
+    return names
+
+
+def read_ids(path: str | os.PathLike) -> list[str]:
+    """The image ids of a list file: the file stem of each line's first field, or a bare id."""
+    if not Path(path).is_file():
+        raise DataError(
+            f"{path}: no such list; make the lists with "
+            "python3 -m voc12.prepare --voc12_root VOC2012, or name another list."
+        )
+    ids = [_image_id(line.split()[0]) for line in read_lines(path)]
+    if not ids:
+        raise DataError(f"{path}: the list is empty; it needs one image a line.")
+    for image_id in ids:
+        if image_id in ("", ".", "..") or "\\" in image_id or not image_id.isprintable():
+            raise DataError(f"{path}: {image_id!r} cannot be an image id.")
+    return ids
+
+
+def _image_id(field: str) -> str:
+    # An id may hold dots; only a path's or an image file's ending is none of its own.
+    if "/" in field or field.lower().endswith(IMAGE_SUFFIXES):
+        return Path(field).stem
+    return field
+
+
+def add_devkit_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """The flags that name a data set; with ``labels``, those of its image-level labels, too."""
+    parser.add_argument(
+        "--voc12_root", required=True, help="the devkit's folder VOC2012 (or one laid out like it)"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="class names of another data set, one a line, in the order of their labels from 1 on "
+        "(default: VOC's 20)",
+    )
+    if labels:
+        parser.add_argument(
+            "--label_file",
+            default=LABEL_FILE,
+            help="image-level labels made by voc12.prepare; ids that it lacks, or all where the "
+            "default does not exist, are read from the annotations",
+        )
+
+
+def open_devkit(args: argparse.Namespace) -> "Devkit":
+    """The devkit that a program's flags name."""
+    label_file = getattr(args, "label_file", None)
+    return Devkit(args.voc12_root, read_class_names(args.classes), label_file)
+
+
+class Devkit:
+    """A data set in VOC's folder layout, with its class names and image-level labels.
+
+    ``label_file`` None: labels come from the annotations. A label file that does not exist is an
+    error, unless it is the default one.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        class_names: Sequence[str] = VOC_CLASSES,
+        label_file: str | os.PathLike | None = None,
+    ):
+        self.root = Path(root)
+        self.class_names = tuple(class_names)
+        self.label_file = label_file
+        if not (self.root / "JPEGImages").is_dir():
+            raise DataError(
+                f"{root}: not a devkit, because it has no folder JPEGImages; "
+                "--voc12_root is the folder VOC2012 of the VOC 2012 devkit."
+            )
+        self._labels: dict = {}
+        if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
+            self._labels = load_npy_dict(label_file)
+
+    def image_path(self, image_id: str) -> Path:
+        return self.root / "JPEGImages" / f"{image_id}.jpg"
+
+    def annotation_path(self, image_id: str) -> Path:
+        return self.root / "Annotations" / f"{image_id}.xml"
+
+    def mask_path(self, image_id: str) -> Path:
+        return self.root / "SegmentationClass" / f"{image_id}.png"
+
+    def load_image(self, image_id: str) -> Image.Image:
+        """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
+        image = open_image(self.image_path(image_id))
+        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
+            high_byte = np.array(image).astype(np.int64) >> 8
+            image = Image.fromarray(np.clip(high_byte, 0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+    def load_mask(self, image_id: str) -> np.ndarray:
+        """The segmentation mask: uint8 H x W, 0 background, k+1 for class k, 255 void."""
+        return load_index_png(self.mask_path(image_id))
+
+    def image_label(self, image_id: str) -> np.ndarray:
+        """float32 [classes], 1 where the class is in the image.
+
+        From the label file where it has the id, else from the annotation.
+        """
+        if image_id not in self._labels:
+            return self.annotated_label(image_id)
+        label = np.asarray(self._labels[image_id])
+        if label.shape != (len(self.class_names),):
+            raise DataError(
+                f"{self.label_file}: the label of {image_id} has shape {label.shape}, but "
+                f"there are {len(self.class_names)} classes; make it again with voc12.prepare."
+            )
+        return label.astype(np.float32)
+
+    def annotated_label(self, image_id: str) -> np.ndarray:
+        """float32 [classes], 1 where the annotation has such an object, difficult or not."""
+        path = self.annotation_path(image_id)
+        if not path.is_file():
+            raise DataError(
+                f"{image_id}: has no image-level label, neither in {self.label_file} nor in {path}."
+            )
+        try:
+            tree = defusedxml.ElementTree.parse(path)
+        except (ParseError, ValueError, OSError, DefusedXmlException) as error:
+            raise DataError(f"{path}: not a readable annotation ({error}).") from error
+        label = np.zeros(len(self.class_names), np.float32)
+        for name in tree.getroot().iterfind("object/name"):
+            class_name = (name.text or "").strip()
+            if class_name not in self.class_names:
+                raise DataError(
+                    f"{path}: the class {class_name!r} is not in the class list; "
+                    "see --classes for data sets other than VOC."
+                )
+            label[self.class_names.index(class_name)] = 1
+        return label
+
+
+class _ImageSet(Dataset):
+    """A list of images of a devkit, normalized for one network."""
+
+    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize):
+        self.devkit = devkit
+        self.ids = list(ids)
+        self.normalize = normalize
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _normalized(self, image: Image.Image) -> np.ndarray:
+        return self.normalize(np.asarray(image))
+
+
+class ClassifierTrainingSet(_ImageSet):
+    """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes]).
+
+    Set ``epoch`` before each epoch: an image's augmentation derives from (seed, epoch, id).
+    """
+
+    def __init__(
+        self,
+        devkit: Devkit,
+        ids: Sequence[str],
+        normalize: Normalize,
+        crop_size: int,
+        resize_long: tuple[int, int],
+        seed: int,
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.crop_size = crop_size
+        self.resize_long = resize_long
+        self.seed = seed
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image_id = self.ids[index]
+        rng = transforms.sample_rng(self.seed, self.epoch, image_id)
+        image = self.devkit.load_image(image_id)
+        image = transforms.random_resize_long_side(image, *self.resize_long, rng)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = transforms.colour_jitter(image, rng)
+        # Cropped after normalization: what lies beyond the image is zero, the mean colour.
+        array = self._normalized(image)
+        box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
+        array = transforms.crop_to_canvas(array, box, self.crop_size)
+        label = self.devkit.image_label(image_id)
+        return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
+
+
+class ClassifierValidationSet(_ImageSet):
+    """Centre crops with labels: (float32 3 x crop x crop, float32 [classes])."""
+
+    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, crop_size: int):
+        super().__init__(devkit, ids, normalize)
+        self.crop_size = crop_size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        array = self._normalized(self.devkit.load_image(self.ids[index]))
+        box = transforms.centre_box(*array.shape[:2], self.crop_size)
+        array = transforms.crop_to_canvas(array, box, self.crop_size)
+        label = self.devkit.image_label(self.ids[index])
+        return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
+
+
+class MultiScaleSample(NamedTuple):
+    """One image for multi-scale inference."""
+
+    image_id: str
+    image: np.ndarray  # uint8 H x W x 3 RGB
+    label: np.ndarray  # float32 [classes]
+    scaled: list[Tensor]  # a scale each: float32 2 x 3 x h x w, the image and its mirror image
+
+
+class MultiScaleSet(_ImageSet):
+    """Whole images at several scales, each with its mirror image: ``MultiScaleSample``."""
+
+    def __init__(
+        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, scales: Sequence[float]
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.scales = tuple(scales)
+
+    def __getitem__(self, index: int) -> MultiScaleSample:
+        image_id = self.ids[index]
+        image = self.devkit.load_image(image_id)
+        scaled = []
+        for scale in self.scales:
+            array = self._normalized(transforms.rescale(image, scale))
+            pair = [transforms.to_chw(array), transforms.to_chw(transforms.flip(array))]
+            scaled.append(torch.from_numpy(np.stack(pair)))
+        label = self.devkit.image_label(image_id)
+        return MultiScaleSample(image_id, np.array(image), label, scaled)
+
+
+class AffinityTrainingSet(_ImageSet):
+    """Augmented square crops with confident labels of their cells.
+
+    Gives (float32 3 x crop x crop, uint8 crop/stride x crop/stride): local class indices, 255 void.
+    ``low_alpha_dir`` and ``high_alpha_dir`` hold the CRF scores of stage 2. Set ``epoch`` before
+    each epoch: an image's augmentation derives from (seed, epoch, id).
+    """
+
+    def __init__(
+        self,
+        devkit: Devkit,
+        ids: Sequence[str],
+        normalize: Normalize,
+        low_alpha_dir: str | os.PathLike,
+        high_alpha_dir: str | os.PathLike,
+        crop_size: int,
+        stride: int,
+        seed: int,
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.low_alpha_dir = Path(low_alpha_dir)
+        self.high_alpha_dir = Path(high_alpha_dir)
+        self.crop_size = crop_size
+        self.stride = stride
+        self.seed = seed
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image_id = self.ids[index]
+        rng = transforms.sample_rng(self.seed, self.epoch, image_id)
+        image = self.devkit.load_image(image_id)
+        scores = self._load_scores(image_id, (image.height, image.width))
+        # Cropped before normalization: what lies beyond the image is black.
+        array = np.asarray(transforms.colour_jitter(image, rng))
+        box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
+        array = self.normalize(transforms.crop_to_canvas(array, box, self.crop_size))
+        scores = transforms.crop_to_canvas(scores, box, self.crop_size)
+        if rng.random() < 0.5:
+            array, scores = transforms.flip(array), transforms.flip(scores)
+        low, high = torch.from_numpy(transforms.to_chw(scores)).chunk(2)
+        label = affinity_label(low, high, self.stride)
+        return torch.from_numpy(transforms.to_chw(array)), label
+
+    def _load_scores(self, image_id: str, size: tuple[int, int]) -> np.ndarray:
+        """float32 H x W x 2(K + 1): low-alpha scores, then high-alpha scores, background first."""
+        low_path, high_path = (
+            folder / f"{image_id}.npy" for folder in (self.low_alpha_dir, self.high_alpha_dir)
+        )
+        low, high = load_maps(low_path, size), load_maps(high_path, size)
+        if low.keys() != high.keys() or 0 not in low:
+            raise DataError(
+                f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
+                f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
+            )
+        return np.stack([*low.values(), *high.values()], axis=-1)
+
+
+class AffinitySample(NamedTuple):
+    """One image for the random walk."""
+
+    image_id: str
+    image: Tensor  # float32 3 x H x W, normalized
+    maps: dict[int, np.ndarray]  # {class: float32 H x W}
+
+
+class AffinityInferenceSet(_ImageSet):
+    """Whole images with the class maps of stage 2: ``AffinitySample``."""
+
+    def __init__(
+        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, cam_dir: str | os.PathLike
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.cam_dir = Path(cam_dir)
+
+    def __getitem__(self, index: int) -> AffinitySample:
+        image_id = self.ids[index]
+        image = self.devkit.load_image(image_id)
+        path = self.cam_dir / f"{image_id}.npy"
+        maps = load_maps(path, (image.height, image.width))
+        check_classes(path, maps, len(self.devkit.class_names))
+        array = self._normalized(image)
+        return AffinitySample(image_id, torch.from_numpy(transforms.to_chw(array)), maps)
+
+
+def check_classes(path: str | os.PathLike, maps: dict[int, np.ndarray], num_classes: int) -> None:
+    """Raise DataError if maps hold a class that the class list does not have."""
+    if maps and max(maps) >= num_classes:
+        raise DataError(
+            f"{path}: has a map of class {max(maps)}, but there are {num_classes} classes "
+            "(counted from 0); see --classes."
+        )
+
+
+def index_image(local_label: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Local indices (0 background, k the k-th present class) -> uint8 labels (class + 1)."""
+    return np.array([0, *(k + 1 for k in classes)], np.uint8)[local_label]

@@ -1,0 +1,360 @@
+"""Writes a small synthetic PASCAL VOC devkit, to try the method in minutes without a download.
+
+    python3 -m voc12.toy runs/toy --images 160 --size 192 --seed 0
+
+Every object is one blob of two parts. Its *head*, a quarter of its area, wears the colour and the
+pattern of its class; its *body* says nothing of the class but stands out from the background. So a
+classifier's CAMs find the head only, and reaching the body is left to the random walk: the toy
+poses the very problem that AffinityNet solves. (The shapes differ a bit by class, too.)
+
+The same arguments give the same files, byte for byte, and an image depends on the seed and its
+index only: more images leave the first ones as they are.
+"""
+
+import argparse
+import colorsys
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from tool import cli
+from tool.errors import DataError, UsageError
+from tool.maps import atomic_write, save_index_png
+from voc12.data import VOC_CLASSES
+
+MIN_IMAGES = 2  # one to train on, one to validate on
+MIN_SIZE = 64  # below, a head is a few pixels
+VAL_STRIDE = 4  # every fourth image is a val image
+MARKER = "toy.json"  # tells a toy devkit from a folder that is somebody's work
+VOID = 255
+JPEG_QUALITY = 95
+
+# Lengths are shares of an image's long side, so that a scene looks alike at every size.
+SHORT_SIDE = (0.75, 1.0)
+DIAMETER = (0.42, 0.58)
+PATTERN_PERIOD = 0.045
+HEAD_FADE = 0.02
+
+HEAD_SHARE = (0.28, 0.4)  # of an object's area
+MIN_VISIBLE = 0.5  # of an object, and of its head: an unseen head would make a wrong label
+PLACEMENT_TRIES = 20
+OBJECT_COUNTS, OBJECT_COUNT_ODDS = (1, 2, 3), (0.6, 0.3, 0.1)
+
+
+class Look(NamedTuple):
+    """What tells a class: its head's colour and pattern, and a little of its shape."""
+
+    hsv: tuple[float, float, float]
+    # (along, across) in pattern periods, H x W each -> a wave; where it is above 0 is the colour
+    pattern: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    aspect: float  # length / width
+    squareness: float  # exponent of the superellipse: 2 is an ellipse, above is boxier
+    lobes: int
+    lobe_depth: float  # of the radius
+
+
+def _wave(phase: np.ndarray) -> np.ndarray:
+    return np.sin(2 * np.pi * phase)
+
+
+LOOKS = {
+    "bird": Look((0.97, 1.00, 0.75), lambda u, v: _wave(u), 1.25, 2.0, 1, 0.18),
+    "boat": Look((0.62, 0.90, 0.80), lambda u, v: _wave(u) * _wave(v), 1.35, 2.2, 2, 0.10),
+    "bottle": Look((0.36, 0.90, 0.55), lambda u, v: _wave(v), 1.40, 2.6, 1, 0.10),
+    "bus": Look((0.00, 0.00, 0.08), lambda u, v: np.maximum(_wave(u), _wave(v)), 1.30, 4.5, 0, 0.0),
+    "cat": Look((0.79, 0.80, 0.65), lambda u, v: _wave(u + v), 1.15, 2.0, 3, 0.10),
+    "cow": Look((0.50, 0.95, 0.80), lambda u, v: _wave(np.hypot(u, v)), 1.25, 2.8, 4, 0.06),
+    "sheep": Look((0.00, 0.00, 1.00), lambda u, v: _wave(u) + _wave(v) - 0.4, 1.10, 2.0, 7, 0.07),
+}
+TOY_CLASSES = tuple(LOOKS)
+
+
+class ToyObject(NamedTuple):
+    """One object of a scene; the box is (xmin, ymin, xmax, ymax) of its visible pixels from 0."""
+
+    name: str
+    box: tuple[int, int, int, int]
+
+
+class Scene(NamedTuple):
+    """One picture with its truth."""
+
+    image: np.ndarray  # uint8 H x W x 3, RGB
+    label: np.ndarray  # uint8 H x W, 0 background, k + 1 class k, no void
+    objects: tuple[ToyObject, ...]  # from the farthest to the nearest
+
+
+class _Blob(NamedTuple):
+    """An object's geometry on the image's grid: arrays are H x W."""
+
+    coverage: np.ndarray  # float 0..1, soft at the edge
+    head: np.ndarray  # float 0..1, soft towards the body
+    depth: np.ndarray  # 1 at the centre, 0 at the edge
+    along: np.ndarray  # pixels from the centre towards the head
+    across: np.ndarray
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.coverage > 0.5
+
+    @property
+    def head_mask(self) -> np.ndarray:
+        return self.mask & (self.head > 0.5)
+
+
+def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
+    """Write ``images`` scenes with a long side of ``size`` pixels as a devkit under ``out``.
+
+    A second call with the same arguments writes the same files again, so an interrupted one is
+    mended by repeating it. Raises UsageError for arguments out of range, DataError if ``out`` is
+    not a folder or holds something else.
+    """
+    if images < MIN_IMAGES:
+        raise UsageError(f"--images {images}: a devkit needs at least {MIN_IMAGES} images.")
+    if size < MIN_SIZE:
+        raise UsageError(f"--size {size}: objects need a side of at least {MIN_SIZE} pixels.")
+    out = Path(out)
+    _claim_folder(out, {"images": images, "size": size, "seed": seed})
+    ids = [f"toy_{index:06d}" for index in range(images)]
+    for index, image_id in enumerate(cli.progress(ids, "toy devkit")):
+        _write_scene(out, image_id, draw_scene(size, seed, index))
+
+    val = ids[1::VAL_STRIDE]
+    train = sorted(set(ids) - set(val))
+    for split, members in {"train": train, "val": val, "trainval": ids}.items():
+        with atomic_write(out / "ImageSets" / "Segmentation" / f"{split}.txt") as file:
+            file.write("".join(f"{image_id}\n" for image_id in members).encode())
+    print(f"{out}: {images} images ({len(train)} train, {len(val)} val).")
+
+
+def _claim_folder(out: Path, arguments: dict[str, int]) -> None:
+    """Mark ``out`` as the devkit of these arguments, or refuse it.
+
+    The marker comes first: a folder is never half ours. A devkit of other arguments is refused,
+    for its images would stay among the new ones.
+    """
+    content = (json.dumps(arguments) + "\n").encode()
+    marker = out / MARKER
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; name a folder for the devkit.")
+    if marker.is_file():
+        if marker.read_bytes() != content:
+            raise DataError(f"{out}: holds a toy devkit of other arguments; remove it first.")
+    elif out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty and no toy devkit; name a new folder.")
+    with atomic_write(marker) as file:
+        file.write(content)
+
+
+def _write_scene(out: Path, image_id: str, scene: Scene) -> None:
+    with atomic_write(out / "JPEGImages" / f"{image_id}.jpg") as file:
+        Image.fromarray(scene.image).save(file, format="JPEG", quality=JPEG_QUALITY)
+    save_index_png(out / "SegmentationClassAug" / f"{image_id}.png", scene.label)
+    save_index_png(out / "SegmentationClass" / f"{image_id}.png", _with_void(scene.label))
+    with atomic_write(out / "Annotations" / f"{image_id}.xml") as file:
+        file.write(_annotation_xml(image_id, scene))
+
+
+def _with_void(label: np.ndarray) -> np.ndarray:
+    """The uint8 H x W label with 255 wherever a 3 x 3 neighbourhood holds two values."""
+    image = Image.fromarray(label)
+    highest = np.asarray(image.filter(ImageFilter.MaxFilter(3)))
+    lowest = np.asarray(image.filter(ImageFilter.MinFilter(3)))
+    return np.where(highest == lowest, label, VOID).astype(np.uint8)
+
+
+def _annotation_xml(image_id: str, scene: Scene) -> bytes:
+    height, width, depth = scene.image.shape
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = f"{image_id}.jpg"
+    size = ElementTree.SubElement(root, "size")
+    for tag, value in {"width": width, "height": height, "depth": depth}.items():
+        ElementTree.SubElement(size, tag).text = str(value)
+    ElementTree.SubElement(root, "segmented").text = "1"
+    for name, box in scene.objects:
+        element = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(element, "name").text = name
+        ElementTree.SubElement(element, "difficult").text = "0"
+        bounds = ElementTree.SubElement(element, "bndbox")
+        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+            ElementTree.SubElement(bounds, tag).text = str(value + 1)  # VOC counts from 1
+    ElementTree.indent(root, "\t")
+    return ElementTree.tostring(root) + b"\n"
+
+
+def draw_scene(size: int, seed: int, index: int) -> Scene:
+    """Image ``index`` of the devkit with this seed; its long side is ``size`` pixels."""
+    rng = np.random.default_rng([seed, index])
+    short = round(size * rng.uniform(*SHORT_SIDE))
+    height, width = (short, size) if rng.random() < 0.5 else (size, short)
+    canvas = _background(rng, height, width)  # float H x W x 3
+    blobs, names = [], []
+    owner = np.full((height, width), -1)  # the blob seen at each pixel, -1 the background
+    for name in _draw_names(rng, index):
+        placed = _place(rng, LOOKS[name], size, blobs, owner)
+        if placed is None:
+            continue
+        blob, owner = placed
+        blobs.append(blob)
+        names.append(name)
+        colour = _colour(rng, LOOKS[name], blob, size)
+        canvas += (colour - canvas) * blob.coverage[..., None]
+    canvas += rng.normal(0, 0.015, (height, width, 1))  # sensor noise
+    image = np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
+
+    classes = np.array([0] + [VOC_CLASSES.index(name) + 1 for name in names], np.uint8)
+    objects = tuple(ToyObject(name, _box(owner == place)) for place, name in enumerate(names))
+    return Scene(image, classes[owner + 1], objects)
+
+
+def _draw_names(rng: np.random.Generator, index: int) -> list[str]:
+    """One to three different classes, the farthest first.
+
+    The one that is always there goes round by index, which balances the classes. Their number is
+    odd, so that every class meets every place of VAL_STRIDE.
+    """
+    always = TOY_CLASSES[index % len(TOY_CLASSES)]
+    others = [name for name in TOY_CLASSES if name != always]
+    count = rng.choice(OBJECT_COUNTS, p=OBJECT_COUNT_ODDS)
+    return [always, *rng.choice(others, count - 1, replace=False).tolist()]
+
+
+def _place(
+    rng: np.random.Generator, look: Look, size: int, blobs: list[_Blob], owner: np.ndarray
+) -> tuple[_Blob, np.ndarray] | None:
+    """A blob in front of the others and the new owners, or None where it would hide too much."""
+    for _ in range(PLACEMENT_TRIES):
+        blob = _draw_blob(rng, look, size, *owner.shape)
+        new_owner = np.where(blob.mask, len(blobs), owner)
+        if all(
+            (new_owner[part] == place).mean() >= MIN_VISIBLE
+            for place, other in enumerate(blobs)
+            for part in (other.mask, other.head_mask)
+        ):
+            return blob, new_owner
+    return None
+
+
+def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, width: int) -> _Blob:
+    """A star-shaped blob, hence connected: a superellipse with the class's lobes and a wobble."""
+    diameter = size * rng.uniform(*DIAMETER)
+    length = diameter / 2 * np.sqrt(look.aspect) * rng.uniform(0.93, 1.07)
+    breadth = diameter**2 / 4 / length
+    centre_y, centre_x = rng.uniform(0.45 * diameter, np.array([height, width]) - 0.45 * diameter)
+    y, x = np.mgrid[:height, :width]
+    y, x = y - centre_y, x - centre_x
+    turn = rng.uniform(0, 2 * np.pi)
+    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+
+    distance, angle = np.hypot(along, across) + 1e-6, np.arctan2(across, along)
+    power = look.squareness
+    ellipse = abs(along / length) ** power + abs(across / breadth) ** power  # 1 on the outline
+    radius = distance / (ellipse + 1e-9) ** (1 / power)
+    radius *= 1 - look.lobe_depth * np.cos(look.lobes * angle)
+    for lobes in (2, 3, 5):
+        radius *= 1 + rng.uniform(-0.035, 0.035) * np.cos(lobes * angle + rng.uniform(0, 2 * np.pi))
+    coverage = (radius - distance + 0.5).clip(0, 1)
+
+    # The head ends at a slightly curved line across the blob.
+    rank = along + rng.uniform(-0.25, 0.25) * across**2 / breadth
+    start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(*HEAD_SHARE))
+    head = ((rank - start) / (HEAD_FADE * size) + 0.5).clip(0, 1)
+    return _Blob(coverage, head, (1 - distance / radius).clip(0, 1), along, across)
+
+
+def _colour(rng: np.random.Generator, look: Look, blob: _Blob, size: int) -> np.ndarray:
+    """The blob's surface, float H x W x 3: a plain body, the class's pattern upon its head.
+
+    The pattern leaves some of the body's colour in the head: one surface, as on a striped animal,
+    rather than two objects side by side.
+    """
+    body = _rgb(rng.uniform(0.05, 0.13), rng.uniform(0.3, 0.6), rng.uniform(0.65, 0.92))
+    hue, saturation, value = look.hsv
+    ink = _rgb(hue + rng.uniform(-0.015, 0.015), saturation, value)
+    period = PATTERN_PERIOD * size * rng.uniform(0.9, 1.1)
+    wave = look.pattern(blob.along / period, blob.across / period)
+    strength = blob.head * (1.0 + 1.5 * wave).clip(0.3, 1)
+    surface = body + (ink - body) * strength[..., None]
+
+    light = rng.uniform(0, 2 * np.pi)
+    tilt = (blob.along * np.cos(light) + blob.across * np.sin(light)) / size
+    shade = 0.72 + 0.3 * np.sqrt(1 - (1 - blob.depth) ** 2) + 0.25 * tilt
+    shade += 0.04 * _smooth_noise(rng, *shade.shape, cells=12)
+    return surface * shade[..., None]
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Two muted cool colours mixed by noise, with stripes or speckle: float H x W x 3."""
+    first, second = (
+        _rgb(rng.uniform(0.22, 0.7), rng.uniform(0.08, 0.3), value)
+        for value in (rng.uniform(0.25, 0.45), rng.uniform(0.45, 0.65))
+    )
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    turn = rng.uniform(0, 2 * np.pi)
+    slope = x * np.cos(turn) + y * np.sin(turn)
+    octaves = sum(
+        _smooth_noise(rng, height, width, cells) / weight
+        for weight, cells in ((1, 3), (1.5, 7), (2.5, 15), (4, 31))
+    )
+    mix = 0.5 + 0.5 * (slope - slope.mean()) + 0.3 * octaves
+    kind = rng.choice(["plain", "stripes", "speckle"])
+    if kind == "stripes":
+        mix += 0.16 * _wave(rng.uniform(6, 14) * slope + 0.3 * octaves)
+    if kind == "speckle":
+        mix += 0.45 * _smooth_noise(rng, height, width, cells=64)
+    return first + (second - first) * mix.clip(0, 1)[..., None]
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+    """Noise of about -1..1 with ``cells`` bumps a side: float H x W."""
+    coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def _box(visible: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of ``python3 -m voc12.toy``."""
+    parser = argparse.ArgumentParser(
+        "python3 -m voc12.toy", description=__doc__, formatter_class=cli.help_formatter
+    )
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder of the devkit, made if missing"
+    )
+    parser.add_argument(
+        "--images",
+        default=160,
+        type=cli.positive_int,
+        help=f"number of images, at least {MIN_IMAGES}; every {VAL_STRIDE}th is a val image",
+    )
+    parser.add_argument(
+        "--size",
+        default=192,
+        type=cli.positive_int,
+        help=f"long side of an image in pixels, at least {MIN_SIZE}",
+    )
+    parser.add_argument(
+        "--seed", default=0, type=cli.non_negative_int, help="another seed, another data set"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the devkit that the command line asks for."""
+    make_devkit(args.out, args.images, args.size, args.seed)
+
+
+if __name__ == "__main__":
+    cli.run(get_args_parser(), main)
