@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tool import cli
-from tool.distributed import choose_device, seed_everything
+from tool.distributed import choose_device, seed_torch
 from tool.loading import load, single
 from tool.maps import save_index_png
 from tool.random_walk import pad_to_multiple, random_walk_label, transition_matrix
@@ -32,7 +32,8 @@ from voc12.data import (
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
     add = parser.add_argument
-    cli.add_inference_arguments(parser, network="network.vgg16_aff")
+    cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
+    cli.add_inference_arguments(parser)
     add_devkit_arguments(parser, labels=False)
     add("--cam_dir", required=True, metavar="DIR", help="class activation maps of stage 2")
     add("--out_rw", required=True, metavar="DIR", help="folder for the labels, index images")
@@ -47,15 +48,13 @@ def label_of(
     net: nn.Module, sample: AffinitySample, args: argparse.Namespace, device: torch.device
 ) -> np.ndarray:
     """The random walk's label of one image: uint8 H x W."""
-    maps = Tensor(len(sample.maps), *sample.image.shape[-2:])
-    for index, values in enumerate(sample.maps.values()):
-        maps[index] = torch.from_numpy(values)
     image = pad_to_multiple(sample.image.to(device), net.stride)
     height, width = (side // net.stride for side in image.shape[-2:])
     affinity = net(image[None])[0]
     transition = transition_matrix(affinity, height, width, args.radius, args.beta)
-    label, _ = random_walk_label(maps.to(device), transition, args.alpha, 2**args.logt, net.stride)
-    return index_image(label.cpu().numpy(), list(sample.maps))
+    maps = sample.maps.to(device)
+    label, _ = random_walk_label(maps, transition, args.alpha, 2**args.logt, net.stride)
+    return index_image(label.cpu().numpy(), sample.classes)
 
 
 @torch.no_grad()
@@ -71,9 +70,10 @@ def infer(
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    seed_everything(args.seed)
+    seed_torch(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
+    devkit.require_images(ids)
     net = args.network.Net(radius=args.radius)
     load_for_inference(net, args.weights, print)
     net.to(device).eval()

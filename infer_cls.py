@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tool import cli
 from tool.cam import fixed_background_label, multi_scale_cam
 from tool.crf import background_and_maps, dense_crf
-from tool.distributed import choose_device, seed_everything
+from tool.distributed import choose_device, seed_torch
 from tool.errors import UsageError
 from tool.loading import load, single
 from tool.maps import save_index_png, save_maps
@@ -40,7 +40,8 @@ BACKGROUND_SCORE = 0.2
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
     add = parser.add_argument
-    cli.add_inference_arguments(parser, network="network.vgg16_cls")
+    cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
+    cli.add_inference_arguments(parser)
     add_devkit_arguments(parser)
     add("--low_alpha", type=cli.positive_float, default=4, help="background exponent, --out_la_crf")
     add("--high_alpha", type=cli.positive_float, default=32, help="the same of --out_ha_crf")
@@ -99,9 +100,10 @@ def main(args: argparse.Namespace) -> None:
             "name at least one of --out_cam, --out_la_crf, --out_ha_crf, --out_cam_pred."
         )
     device = choose_device(args.device)
-    seed_everything(args.seed)
+    seed_torch(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
+    devkit.require_labelled_images(ids)
     net = args.network.Net(num_classes=len(devkit.class_names))
     load_for_inference(net, args.weights, print)
     net.to(device).eval()

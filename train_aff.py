@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tool import cli
 from tool.affinity import affinity_loss, pair_labels, source_grid
-from tool.distributed import choose_device, seed_everything
+from tool.distributed import choose_device, seed_torch
 from tool.errors import UsageError
 from tool.loading import load, shuffled
 from tool.training import (
@@ -33,9 +33,8 @@ from voc12.data import AffinityTrainingSet, add_devkit_arguments, open_devkit, r
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
-    add_training_arguments(
-        parser, network="network.vgg16_aff", batch_size=8, epochs=8, crop_size=448
-    )
+    cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
+    add_training_arguments(parser, batch_size=8, epochs=8, crop_size=448)
     add_devkit_arguments(parser, labels=False)
     parser.add_argument("--la_crf_dir", required=True, help="CRF scores with the low alpha")
     parser.add_argument("--ha_crf_dir", required=True, help="CRF scores with the high alpha")
@@ -56,15 +55,16 @@ def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    seed_everything(args.seed)
+    session = session_name(args)
+    seed_torch(args.seed)
     devkit = open_devkit(args)
     train_ids = read_ids(args.train_list)
     schedule = make_schedule(len(train_ids), args)
 
     net = args.network.Net(radius=args.radius)
     check_crop_size(args.crop_size, net.stride, args.radius)
-    log = SessionLog(f"{session_name(args)}.log", args.seed, device)
-    load_for_training(net, args.weights, log.say)
+    loaded: list[str] = []
+    load_for_training(net, args.weights, loaded.append)
     net.to(device)
     train_set = AffinityTrainingSet(
         devkit,
@@ -77,6 +77,10 @@ def main(args: argparse.Namespace) -> None:
         args.seed,
     )
     optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
+    devkit.require_images(train_ids)
+
+    log = SessionLog(f"{session}.log", args.seed, device)
+    log.say("\n".join(loaded))
     log.say(f"images: {len(train_ids)} to train on")
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -91,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         log.say(f"epoch {epoch + 1}/{schedule.epochs}: {parts}")
 
-    save_weights(f"{session_name(args)}.pth", net)
-    log.say(f"weights written to {session_name(args)}.pth")
+    save_weights(f"{session}.pth", net)
+    log.say(f"weights written to {session}.pth")
 
 
 if __name__ == "__main__":

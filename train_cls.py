@@ -11,19 +11,21 @@ Writes <session_name>.pth and <session_name>.log. The lists come from python3 -m
 """
 
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tool import cli
-from tool.distributed import choose_device, seed_everything
+from tool.distributed import choose_device, seed_torch
 from tool.errors import UsageError
 from tool.loading import load, shuffled
 from tool.training import (
     SessionLog,
     add_training_arguments,
     build_optimizer,
+    diverged,
     make_schedule,
     save_weights,
     session_name,
@@ -41,9 +43,8 @@ from voc12.data import (
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
-    add_training_arguments(
-        parser, network="network.vgg16_cls", batch_size=16, epochs=15, crop_size=448
-    )
+    cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
+    add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
     add_devkit_arguments(parser)
     parser.add_argument("--val_list", default="voc12/val.txt", help="images to validate on")
     parser.add_argument(
@@ -88,20 +89,25 @@ def main(args: argparse.Namespace) -> None:
     if args.resize_long[0] > args.resize_long[1]:
         raise UsageError("--resize_long: MIN is larger than MAX.")
     device = choose_device(args.device)
-    seed_everything(args.seed)
+    session = session_name(args)
+    seed_torch(args.seed)
     devkit = open_devkit(args)
     train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
     schedule = make_schedule(len(train_ids), args)
 
     net = args.network.Net(num_classes=len(devkit.class_names))
-    log = SessionLog(f"{session_name(args)}.log", args.seed, device)
-    load_for_training(net, args.weights, log.say)
+    loaded: list[str] = []
+    load_for_training(net, args.weights, loaded.append)
     net.to(device)
     train_set = ClassifierTrainingSet(
         devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
     )
     val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
     optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
+    devkit.require_labelled_images([*train_ids, *val_ids])
+
+    log = SessionLog(f"{session}.log", args.seed, device)
+    log.say("\n".join(loaded))
     log.say(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on")
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -114,13 +120,15 @@ def main(args: argparse.Namespace) -> None:
         batches = load(train_set, order, args.batch_size, args.num_workers, drop_last=True)
         losses = train_one_epoch(net, batches, losses_of, optimizer, schedule, epoch)
         val_loss = validate(net, val_set, args, device)
+        if not math.isfinite(val_loss):
+            raise diverged(f"the validation loss is not finite after epoch {epoch + 1}")
         log.say(
             f"epoch {epoch + 1}/{args.max_epoches}: loss {losses['loss']:.4f}, "
             f"validation loss {val_loss:.4f}"
         )
 
-    save_weights(f"{session_name(args)}.pth", net)
-    log.say(f"weights written to {session_name(args)}.pth")
+    save_weights(f"{session}.pth", net)
+    log.say(f"weights written to {session}.pth")
 
 
 if __name__ == "__main__":

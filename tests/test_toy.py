@@ -13,7 +13,7 @@ from tool.maps import load_index_png
 from voc12 import toy
 from voc12.data import VOC_CLASSES
 
-IMAGES, SIZE, SEED = 28, 96, 3
+IMAGES, SIZE, SEED = 30, 96, 3
 VOID_WIDTH = 2  # pixels from a border, at most
 
 
@@ -44,7 +44,7 @@ def test_layout_is_complete_and_splits_are_disjoint(devkit):
     ids, train, val = (_split(devkit, name) for name in ("trainval", "train", "val"))
     assert len(ids) == IMAGES
     assert sorted(train + val) == ids
-    assert len(train) == 3 * len(val)
+    assert len(train) == 4 * len(val)
     folders = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "Annotations")
     for folder in folders:
         assert sorted(path.stem for path in (devkit / folder).iterdir()) == ids

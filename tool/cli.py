@@ -59,6 +59,11 @@ def non_negative_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
 
+def pair_radius(text: str) -> int:
+    """argparse type: a whole number of at least 2; below, there is no pair."""
+    return _number(text, int, lambda value: value >= 2, "a whole number of at least 2")
+
+
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -84,11 +89,18 @@ def _number(text: str, kind: type, accepts: Callable, wanted: str):
     return value
 
 
-def network_module(name: str):
-    """argparse type: the module named by ``--network``, e.g. ``network.vgg16_cls``.
+def classifier(name: str):
+    """argparse type: the module of a classifier, e.g. ``network.vgg16_cls``."""
+    return _network(name, "forward_cam", "classifier (..._cls)")
 
-    Only modules of the package ``network`` are imported: a flag must not import just anything.
-    """
+
+def affinity_network(name: str):
+    """argparse type: the module of an AffinityNet, e.g. ``network.vgg16_aff``."""
+    return _network(name, "forward_features", "AffinityNet (..._aff)")
+
+
+def _network(name: str, method: str, wanted: str):
+    # Only modules of the package ``network`` are imported: a flag must not import just anything.
     package, _, module = name.rpartition(".")
     if package not in ("", "network") or not module.isidentifier():
         raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
@@ -96,15 +108,21 @@ def network_module(name: str):
         loaded = importlib.import_module(f"network.{module}")
     except ModuleNotFoundError as error:
         raise argparse.ArgumentTypeError(f"there is no network {name!r}") from error
-    if not hasattr(loaded, "Net"):
-        raise argparse.ArgumentTypeError(f"{name!r} is a part of networks, without a head")
+    if not hasattr(getattr(loaded, "Net", None), method):
+        raise argparse.ArgumentTypeError(f"{name!r} is no {wanted}")
     return loaded
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser, network: str) -> None:
-    """The flags of both inference programs."""
+def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, default: str) -> None:
+    """``--network``; ``kind`` is ``classifier`` or ``affinity_network``."""
+    parser.add_argument(
+        "--network", type=kind, default=default, metavar="MODULE", help="module of the network"
+    )
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of both inference programs, besides ``--network``."""
     add = parser.add_argument
-    add("--network", type=network_module, default=network, help="module of the network")
     add("--weights", required=True, help="the network's trained weights, or none (untrained)")
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add_run_arguments(parser)
@@ -114,7 +132,7 @@ def add_radius_argument(parser: argparse.ArgumentParser) -> None:
     """How near the cells of a pair are; both AffinityNet programs must agree on it."""
     parser.add_argument(
         "--radius",
-        type=positive_int,
+        type=pair_radius,
         default=5,
         help="pairs are nearer than this many cells of the stride-8 grid (the paper's gamma)",
     )

@@ -4,6 +4,8 @@ import torch
 
 from tool.errors import UsageError
 
+DEVICE_TYPES = ("cpu", "cuda")
+
 
 def choose_device(name: str) -> torch.device:
     """The device that ``--device`` names; ``auto`` takes CUDA where there is a usable one.
@@ -14,6 +16,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in DEVICE_TYPES:
+            raise RuntimeError(f"it is none of {', '.join(DEVICE_TYPES)}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -23,6 +27,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def seed_everything(seed: int) -> None:
+def seed_torch(seed: int) -> None:
     """Seed torch's global generator; it decides fresh initialization and dropout, and no more."""
     torch.manual_seed(seed)

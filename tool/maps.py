@@ -8,6 +8,7 @@ and strings, and nothing else.
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
+import math
 import os
 import pickle
 import secrets
@@ -175,36 +176,88 @@ class _ForbiddenError(Exception):
     """Names what a pickle wanted to load."""
 
 
-def _reconstruct_empty_array(kind: type, shape: tuple, type_code: bytes) -> np.ndarray:
-    # What NumPy's own pickles call first: an empty array, filled from its state afterwards.
-    # Any other shape would allocate memory that the file does not have to back with bytes.
-    if kind is not np.ndarray or tuple(shape) != (0,):
-        raise pickle.UnpicklingError("an array with an unusual beginning")
-    return np.ndarray((0,), np.int8)
-
-
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what ``numpy.save`` writes for dicts of arrays, under NumPy 1's and 2's names."""
+    """Rebuilds what ``numpy.save`` writes for dicts of arrays, under NumPy 1's and 2's names.
+
+    A pickle gets at stand-ins only: NumPy's own constructors and ``__setstate__`` take a forged
+    state at its word and then read memory that is not theirs.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "_reconstruct":
-                return _reconstruct_empty_array
-            if name == "scalar":
-                return np.float64(0).__reduce__()[0]
+        numpy_core = ("numpy.core.multiarray", "numpy._core.multiarray")
+        if module in numpy_core and name == "_reconstruct":
+            return _PickledArray
+        if module in numpy_core and name == "scalar":
+            return _scalar
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return "numpy.ndarray"  # only ever an argument of _reconstruct
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return _PickledType
         if (module, name) == ("_codecs", "encode"):  # bytes under pickle protocol 2
             return _encode_latin1
         raise _ForbiddenError(f"{module}.{name}")
+
+
+class _PickledType:
+    """Stands in for ``numpy.dtype``: numbers, strings and objects, in either byte order."""
+
+    def __init__(self, code: str, *_: Any):
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufcSUO" or self.dtype.fields or self.dtype.subdtype:
+            raise pickle.UnpicklingError(f"an array of {code}")
+
+    def __setstate__(self, state: tuple) -> None:
+        byte_order = state[1]  # the rest of the state repeats the code, or forges it
+        if byte_order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _PickledArray:
+    """Stands in for an array that is being rebuilt; ``value`` is the array then."""
+
+    def __init__(self, *_: Any):
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, pickled_type, is_fortran, content = state
+        dtype, cells = pickled_type.dtype, math.prod(shape)
+        if any(side < 0 for side in shape):
+            raise pickle.UnpicklingError(f"an array of shape {shape}")
+        if dtype.hasobject:
+            if not isinstance(content, list) or len(content) != cells:
+                raise pickle.UnpicklingError("an array without its objects")
+            flat = np.empty(cells, dtype)
+            flat[:] = [_finished(item) for item in content]
+        else:
+            content = content.encode("latin1") if isinstance(content, str) else content
+            if not isinstance(content, bytes) or len(content) != cells * dtype.itemsize:
+                raise pickle.UnpicklingError("an array without its bytes")
+            flat = np.frombuffer(content, dtype).copy()
+        self.value = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _scalar(pickled_type: _PickledType, content: bytes | str) -> np.generic:
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if pickled_type.dtype.hasobject or len(content) != pickled_type.dtype.itemsize:
+        raise pickle.UnpicklingError("a number without its bytes")
+    return np.frombuffer(content, pickled_type.dtype)[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
     return text.encode("latin1")
+
+
+def _finished(content: Any) -> Any:
+    """The content with arrays in place of their stand-ins; a dict's values, too."""
+    if isinstance(content, _PickledArray):
+        if content.value is None:
+            raise pickle.UnpicklingError("an array without content")
+        return content.value
+    if isinstance(content, dict):
+        return {key: _finished(value) for key, value in content.items()}
+    return content
 
 
 def _read_npy_object(file: IO[bytes]) -> Any:
@@ -219,5 +272,5 @@ def _read_npy_object(file: IO[bytes]) -> Any:
     if dtype != np.dtype(object) or shape != ():
         raise ValueError(f"an array of {dtype} with shape {shape} instead of a dict")
     # encoding: files that Python 2 wrote hold byte strings.
-    content = _ArrayUnpickler(file, encoding="latin1").load()
+    content = _finished(_ArrayUnpickler(file, encoding="latin1").load())
     return content.item() if isinstance(content, np.ndarray) and content.shape == () else content

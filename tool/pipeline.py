@@ -31,11 +31,11 @@ RECIPES: dict[str, dict[str, list[str]]] = {
     # From scratch, on the toy devkit: hence a customary momentum, small crops and a short walk.
     "tiny": {
         "train_cls": shlex.split(
-            "--lr 0.02 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
+            "--lr 0.05 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
             "--resize_long 128 224 --val_crop_size 192"
         ),
         "train_aff": shlex.split(
-            "--lr 0.02 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160"
+            "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160"
         ),
         "infer_aff": ["--logt", "4"],
     },

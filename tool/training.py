@@ -8,17 +8,15 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from tool import cli
-from tool.errors import DataError
+from tool.errors import DataError, UsageError
 from tool.maps import atomic_write
 
 # Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
@@ -26,14 +24,15 @@ from tool.maps import atomic_write
 GROUP_RATES = (1, 2, 10, 20)
 GROUP_DECAYS = (True, False, True, False)
 POLY_POWER = 0.9
+# Whose versions, besides PyTorch's, can change a training's numbers.
+PACKAGES = ("torchvision", "numpy", "pillow")
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, network: str, batch_size: int, epochs: int, crop_size: int
+    parser: argparse.ArgumentParser, batch_size: int, epochs: int, crop_size: int
 ) -> None:
-    """The flags of both training programs, with a stage's defaults."""
+    """The flags of both training programs, besides ``--network``, with a stage's defaults."""
     add = parser.add_argument
-    add("--network", type=cli.network_module, default=network, help="module of the network")
     add("--weights", required=True, help="weight file to start from, or none (random numbers)")
     add("--train_list", default="voc12/train_aug.txt", help="images to train on")
     add("--session_name", help="where to write .pth and .log (default: the network's name)")
@@ -57,8 +56,14 @@ def add_training_arguments(
 
 
 def session_name(args: argparse.Namespace) -> str:
-    """``--session_name``, or the network's name."""
-    return args.session_name or args.network.__name__.rpartition(".")[2]
+    """``--session_name``, or the network's name; raises UsageError if no file can have it."""
+    name = args.session_name or args.network.__name__.rpartition(".")[2]
+    if not Path(name).name or name.endswith(("/", os.sep)):
+        raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
+    for suffix in (".pth", ".log"):
+        if Path(name + suffix).is_dir():
+            raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
+    return name
 
 
 def build_optimizer(
@@ -151,15 +156,23 @@ def train_one_epoch(
 def _require_finite(losses: dict[str, float], step: int) -> None:
     if not math.isfinite(losses["loss"]):
         parts = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        raise DataError(
-            f"the loss is not finite at step {step} ({parts}); "
-            "no weights were written; try a smaller --lr."
-        )
+        raise diverged(f"the loss is not finite at step {step} ({parts})")
+
+
+def diverged(what: str) -> DataError:
+    """The error that ends a training whose numbers have run away."""
+    return DataError(f"{what}; no weights were written; try a smaller --lr.")
 
 
 def save_weights(path: str | os.PathLike, net: nn.Module) -> None:
-    """Write the network's state dict, on the CPU, whole or not at all."""
+    """Write the network's state dict, on the CPU, whole or not at all.
+
+    Raises DataError if a weight is not finite: the last step can diverge after its loss was seen.
+    """
     state = {name: value.cpu() for name, value in net.state_dict().items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise diverged(f"{name} is not finite after the last step")
     with atomic_write(path) as file:
         torch.save(state, file)
 
@@ -176,9 +189,9 @@ class SessionLog:
         self.path.write_text("")
         self._write(f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}")
         self._write(
+            # torch's own name of its version tells the build, too (+cpu, +cu...)
             f"versions: python {platform.python_version()}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}, numpy {np.__version__}, "
-            f"pillow {PIL.__version__}"
+            + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         )
         self._write(f"seed: {seed}, device: {device}, threads: {torch.get_num_threads()}")
 

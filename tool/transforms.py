@@ -3,7 +3,6 @@
 import zlib
 
 import numpy as np
-import torchvision.transforms.functional as TF
 from PIL import Image
 
 # Augmentation of both training stages (released code): strength of brightness, contrast and
@@ -48,12 +47,15 @@ def random_resize_long_side(
 
 def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast, saturation and hue changed at random, in random order."""
+    # Imported here because it takes longer than all else, and only training jitters colours.
+    import torchvision.transforms.functional as F
+
     low, high = 1 - JITTER_STRENGTH, 1 + JITTER_STRENGTH
     changes = (
-        (TF.adjust_brightness, rng.uniform(low, high)),
-        (TF.adjust_contrast, rng.uniform(low, high)),
-        (TF.adjust_saturation, rng.uniform(low, high)),
-        (TF.adjust_hue, rng.uniform(-JITTER_HUE, JITTER_HUE)),
+        (F.adjust_brightness, rng.uniform(low, high)),
+        (F.adjust_contrast, rng.uniform(low, high)),
+        (F.adjust_saturation, rng.uniform(low, high)),
+        (F.adjust_hue, rng.uniform(-JITTER_HUE, JITTER_HUE)),
     )
     for index in rng.permutation(len(changes)):
         adjust, amount = changes[index]

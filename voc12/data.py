@@ -150,6 +150,20 @@ class Devkit:
     def mask_path(self, image_id: str) -> Path:
         return self.root / "SegmentationClass" / f"{image_id}.png"
 
+    def require_images(self, ids: Sequence[str]) -> None:
+        """Raise DataError if a photograph is missing: better now than after hours."""
+        missing = [path for path in map(self.image_path, ids) if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"{missing[0]}: no such file ({len(missing)} of {len(ids)} images are missing)."
+            )
+
+    def require_labelled_images(self, ids: Sequence[str]) -> None:
+        """Raise DataError if a photograph or an image-level label is missing."""
+        self.require_images(ids)
+        for image_id in ids:
+            self.image_label(image_id)
+
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
         image = open_image(self.image_path(image_id))
@@ -170,10 +184,11 @@ class Devkit:
         if image_id not in self._labels:
             return self.annotated_label(image_id)
         label = np.asarray(self._labels[image_id])
-        if label.shape != (len(self.class_names),):
+        if label.shape != (len(self.class_names),) or label.dtype.kind not in "fiub":
             raise DataError(
-                f"{self.label_file}: the label of {image_id} has shape {label.shape}, but "
-                f"there are {len(self.class_names)} classes; make it again with voc12.prepare."
+                f"{self.label_file}: the label of {image_id} has shape {label.shape} and type "
+                f"{label.dtype}, but must be a number for each of the {len(self.class_names)} "
+                "classes; make the file again with voc12.prepare."
             )
         return label.astype(np.float32)
 
@@ -182,7 +197,8 @@ class Devkit:
         path = self.annotation_path(image_id)
         if not path.is_file():
             raise DataError(
-                f"{image_id}: has no image-level label, neither in {self.label_file} nor in {path}."
+                f"{image_id}: has no image-level label, as {path} does not exist"
+                + (f" and {self.label_file} lacks it." if self._labels else ".")
             )
         try:
             tree = defusedxml.ElementTree.parse(path)
@@ -215,11 +231,26 @@ class _ImageSet(Dataset):
         return self.normalize(np.asarray(image))
 
 
-class ClassifierTrainingSet(_ImageSet):
-    """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes]).
+class _TrainingSet(_ImageSet):
+    """Augmented square crops; set ``epoch`` before each epoch.
 
-    Set ``epoch`` before each epoch: an image's augmentation derives from (seed, epoch, id).
+    An image's augmentation derives from (seed, epoch, id) and nothing else.
     """
+
+    def __init__(
+        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, crop_size: int, seed: int
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.crop_size = crop_size
+        self.seed = seed
+        self.epoch = 0
+
+    def _rng(self, image_id: str) -> np.random.Generator:
+        return transforms.sample_rng(self.seed, self.epoch, image_id)
+
+
+class ClassifierTrainingSet(_TrainingSet):
+    """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes])."""
 
     def __init__(
         self,
@@ -230,15 +261,12 @@ class ClassifierTrainingSet(_ImageSet):
         resize_long: tuple[int, int],
         seed: int,
     ):
-        super().__init__(devkit, ids, normalize)
-        self.crop_size = crop_size
+        super().__init__(devkit, ids, normalize, crop_size, seed)
         self.resize_long = resize_long
-        self.seed = seed
-        self.epoch = 0
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_id = self.ids[index]
-        rng = transforms.sample_rng(self.seed, self.epoch, image_id)
+        rng = self._rng(image_id)
         image = self.devkit.load_image(image_id)
         image = transforms.random_resize_long_side(image, *self.resize_long, rng)
         if rng.random() < 0.5:
@@ -297,12 +325,11 @@ class MultiScaleSet(_ImageSet):
         return MultiScaleSample(image_id, np.array(image), label, scaled)
 
 
-class AffinityTrainingSet(_ImageSet):
+class AffinityTrainingSet(_TrainingSet):
     """Augmented square crops with confident labels of their cells.
 
     Gives (float32 3 x crop x crop, uint8 crop/stride x crop/stride): local class indices, 255 void.
-    ``low_alpha_dir`` and ``high_alpha_dir`` hold the CRF scores of stage 2. Set ``epoch`` before
-    each epoch: an image's augmentation derives from (seed, epoch, id).
+    ``low_alpha_dir`` and ``high_alpha_dir`` hold the CRF scores of stage 2.
     """
 
     def __init__(
@@ -316,17 +343,14 @@ class AffinityTrainingSet(_ImageSet):
         stride: int,
         seed: int,
     ):
-        super().__init__(devkit, ids, normalize)
+        super().__init__(devkit, ids, normalize, crop_size, seed)
         self.low_alpha_dir = Path(low_alpha_dir)
         self.high_alpha_dir = Path(high_alpha_dir)
-        self.crop_size = crop_size
         self.stride = stride
-        self.seed = seed
-        self.epoch = 0
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_id = self.ids[index]
-        rng = transforms.sample_rng(self.seed, self.epoch, image_id)
+        rng = self._rng(image_id)
         image = self.devkit.load_image(image_id)
         scores = self._load_scores(image_id, (image.height, image.width))
         # Cropped before normalization: what lies beyond the image is black.
@@ -359,7 +383,8 @@ class AffinitySample(NamedTuple):
 
     image_id: str
     image: Tensor  # float32 3 x H x W, normalized
-    maps: dict[int, np.ndarray]  # {class: float32 H x W}
+    classes: list[int]  # those present
+    maps: Tensor  # float32 classes x H x W
 
 
 class AffinityInferenceSet(_ImageSet):
@@ -377,8 +402,11 @@ class AffinityInferenceSet(_ImageSet):
         path = self.cam_dir / f"{image_id}.npy"
         maps = load_maps(path, (image.height, image.width))
         check_classes(path, maps, len(self.devkit.class_names))
-        array = self._normalized(image)
-        return AffinitySample(image_id, torch.from_numpy(transforms.to_chw(array)), maps)
+        stacked = torch.zeros(len(maps), image.height, image.width)
+        for place, values in enumerate(maps.values()):
+            stacked[place] = torch.from_numpy(values)
+        array = transforms.to_chw(self._normalized(image))
+        return AffinitySample(image_id, torch.from_numpy(array), list(maps), stacked)
 
 
 def check_classes(path: str | os.PathLike, maps: dict[int, np.ndarray], num_classes: int) -> None:

@@ -77,11 +77,11 @@ def write_list(path: Path, ids: list[str], masks: bool) -> None:
 
 def labels_of(devkit: Devkit, ids: list[str]) -> dict[str, np.ndarray]:
     """id -> float32 [classes], of those ids that have an annotation."""
-    return {
-        image_id: devkit.annotated_label(image_id)
-        for image_id in cli.progress(ids, "annotations")
-        if devkit.annotation_path(image_id).is_file()
-    }
+    labels = {}
+    for image_id in cli.progress(ids, "annotations"):
+        if devkit.annotation_path(image_id).is_file():
+            labels[image_id] = devkit.annotated_label(image_id)
+    return labels
 
 
 def main(args: argparse.Namespace) -> None:

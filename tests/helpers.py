@@ -1,0 +1,118 @@
+"""What several test files share: programs run in this process, and devkits made by hand."""
+
+import contextlib
+import importlib
+import io
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from tool import cli
+from tool.maps import save_index_png
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Outcome(NamedTuple):
+    """How a program ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """What stderr ends with, after any progress bars."""
+        return self.err.strip().splitlines()[-1]
+
+    def check(self) -> "Outcome":
+        assert self.code == 0, self.err
+        return self
+
+    def assert_failed(self, code: int, *words: str) -> None:
+        """It ended with one sentence, on the last line of stderr, that holds all the words."""
+        assert self.code == code, f"exit code {self.code}: {self.err[-1000:]}"
+        assert "Traceback" not in self.err
+        assert self.err.count("error: ") == 1, self.err
+        assert "error: " in self.last_line, self.err
+        for word in words:
+            assert word in self.last_line, f"{word!r} is not in {self.last_line!r}"
+
+
+@contextlib.contextmanager
+def working_directory(path: str | os.PathLike) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def run_program(command: str, cwd: str | os.PathLike) -> Outcome:
+    """Run e.g. ``train_cls --lr 0.1`` or ``voc12.evaluate --list L`` in this process, in ``cwd``.
+
+    An exception that the program's command line does not foresee comes through.
+    """
+    name, *words = shlex.split(command)
+    module = importlib.import_module(name)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        working_directory(cwd),
+        mock.patch.object(sys, "argv", [f"{name}.py", *words]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.run(module.get_args_parser(), module.main)
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A smooth colourful RGB image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_image(root: Path, image_id: str, image: Image.Image, kind: str = "PNG") -> Path:
+    """The image as JPEGImages/<id>.jpg. PNG bytes keep its pixels; programs go by the bytes."""
+    path = root / "JPEGImages" / f"{image_id}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format=kind)
+    return path
+
+
+def write_annotation(root: Path, image_id: str, names: Sequence[str]) -> Path:
+    """Annotations/<id>.xml with an object of each name."""
+    path = root / "Annotations" / f"{image_id}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    objects = "".join(f"<object><name>{name}</name></object>" for name in names)
+    path.write_text(f"<annotation>{objects}</annotation>")
+    return path
+
+
+def write_mask(
+    root: Path, image_id: str, mask: np.ndarray, folder: str = "SegmentationClass"
+) -> Path:
+    """<folder>/<id>.png from uint8 H x W."""
+    path = root / folder / f"{image_id}.png"
+    save_index_png(path, np.asarray(mask, np.uint8))
+    return path

@@ -1,0 +1,131 @@
+"""Loader processes hand on batches in order, and a bad file as one clear error."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from tool.errors import DataError
+from tool.loading import load, shuffled, single
+
+each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
+
+
+class Numbers(Dataset):
+    """Item k is k; what ``broken`` names raises."""
+
+    def __init__(self, length, broken=None):
+        self.length = length
+        self.broken = broken or {}
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            self.broken[index](index)
+        return torch.tensor(index)
+
+
+def _refuse(index):
+    raise DataError(f"{index}.jpg: not a readable image; replace it.")
+
+
+def _fail(index):
+    raise ZeroDivisionError(f"item {index}")
+
+
+def _lists(batches):
+    return [batch.tolist() for batch in batches]
+
+
+@each_number_of_workers
+def test_batches_follow_the_order(num_workers):
+    batches = _lists(load(Numbers(7), [6, 0, 3, 1, 5, 2, 4], 3, num_workers))
+    assert batches == [[6, 0, 3], [1, 5, 2], [4]]
+
+
+@each_number_of_workers
+def test_short_last_batch_can_be_dropped(num_workers):
+    assert _lists(load(Numbers(7), range(7), 3, num_workers, drop_last=True)) == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
+
+
+@each_number_of_workers
+def test_data_error_arrives_clean_after_the_batches_before(num_workers):
+    batches = load(Numbers(8, {5: _refuse}), range(8), 2, num_workers)
+    assert [next(batches).tolist(), next(batches).tolist()] == [[0, 1], [2, 3]]
+    with pytest.raises(DataError) as error:
+        next(batches)
+    assert str(error.value) == "5.jpg: not a readable image; replace it."
+
+
+@each_number_of_workers
+def test_data_error_arrives_clean_with_a_collate_of_ones_own(num_workers):
+    batches = load(Numbers(2, {1: _refuse}), range(2), 1, num_workers, collate=single)
+    assert next(batches) == 0
+    with pytest.raises(DataError, match=r"^1\.jpg: not a readable image; replace it\.$"):
+        next(batches)
+
+
+@each_number_of_workers
+def test_bug_stays_what_it_is(num_workers):
+    with pytest.raises(ZeroDivisionError, match="item 0"):
+        list(load(Numbers(1, {0: _fail}), [0], 1, num_workers))
+
+
+KILLED_WORKER = """
+import os
+from tool.errors import DataError
+from tool.loading import load
+
+class Deadly(list):
+    def __getitem__(self, index):
+        os._exit(1)
+
+try:
+    list(load(Deadly([0]), [0], 1, num_workers=1))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_worker_that_dies_is_a_data_error():
+    # In a process of its own: torch reports a dead worker again whenever another one ends.
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WORKER],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"loader process died.*--num_workers", done.stdout), done.stderr
+
+
+def test_single_gives_the_only_sample():
+    sample = object()
+    assert single([sample]) is sample
+    with pytest.raises(ValueError, match="unpack"):
+        single([sample, sample])
+
+
+@pytest.mark.parametrize("length", [0, 1, 50])
+def test_shuffled_is_a_permutation(length):
+    order = shuffled(length, seed=3, epoch=1)
+    assert sorted(order) == list(range(length))
+    assert all(type(index) is int for index in order)
+
+
+def test_shuffled_depends_on_seed_and_epoch_alone():
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    orders = [shuffled(50, *key) for key in keys]
+    torch.manual_seed(5)
+    assert [shuffled(50, *key) for key in reversed(keys)] == orders[::-1]
+    assert len({tuple(order) for order in orders}) == len(keys)
+    assert list(range(50)) not in orders

@@ -1,0 +1,100 @@
+"""Confusion matrix and IoU, worked out by hand and against a naive count."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tool.metrics import confusion_matrix, intersection_over_union, mean_iou
+
+VOID = 255
+TRUTH = np.array([[0, 0, 1, 1], [2, 2, VOID, VOID]], np.uint8)
+PREDICTION = np.array([[0, 1, 1, 1], [2, 0, 0, 2]], np.uint8)
+CONFUSION = [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
+
+shapes = st.shared(hnp.array_shapes(min_dims=2, max_dims=2, max_side=8), key="shape")
+masks = hnp.arrays(np.uint8, shapes, elements=st.sampled_from([0, 1, 2, 3, VOID]))
+predictions = hnp.arrays(np.uint8, shapes, elements=st.integers(0, 3))
+
+
+def test_confusion_matrix_equals_the_hand_worked_one():
+    confusion = confusion_matrix(TRUTH, PREDICTION, 3)
+    assert confusion.tolist() == CONFUSION
+    assert confusion.dtype == np.int64
+
+
+@given(masks, predictions)
+def test_confusion_matrix_equals_a_naive_count(truth, prediction):
+    expected = np.zeros((4, 4), int)
+    for true, predicted in zip(truth.flat, prediction.flat, strict=True):
+        if true != VOID:
+            expected[true, predicted] += 1
+    assert np.array_equal(confusion_matrix(truth, prediction, 4), expected)
+
+
+@given(masks, predictions)
+def test_confusion_matrices_of_parts_add_up(truth, prediction):
+    parts = [confusion_matrix(t[None], p[None], 4) for t, p in zip(truth, prediction, strict=True)]
+    assert np.array_equal(sum(parts), confusion_matrix(truth, prediction, 4))
+
+
+def test_void_pixels_count_nowhere_whatever_is_predicted_there():
+    prediction = PREDICTION.copy()
+    prediction[TRUTH == VOID] = VOID
+    assert confusion_matrix(TRUTH, prediction, 3).tolist() == CONFUSION
+    assert confusion_matrix(np.full((2, 2), VOID, np.uint8), PREDICTION[:, :2], 3).sum() == 0
+
+
+def test_many_labels_of_large_counts_do_not_overflow():
+    truth = np.full((300, 300), 200, np.uint8)
+    confusion = confusion_matrix(truth, truth, 201)
+    assert confusion[200, 200] == 90000
+    assert confusion.sum() == 90000
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction", "message"),
+    [
+        ([[3]], [[0]], "mask has the label 3"),
+        ([[0]], [[3]], "prediction has the label 3"),
+        ([[0]], [[VOID]], "prediction has the label 255"),
+        ([[0, 1]], [[0]], "differ in size"),
+        ([[0, 1]], [[0], [1]], "differ in size"),
+    ],
+)
+def test_labels_out_of_range_and_other_sizes_are_a_value_error(truth, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        confusion_matrix(np.array(truth, np.uint8), np.array(prediction, np.uint8), 3)
+
+
+def test_iou_equals_the_hand_worked_one():
+    iou = intersection_over_union(np.array(CONFUSION))
+    assert iou.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 2])
+    assert mean_iou(np.array(CONFUSION)) == pytest.approx(0.5)
+
+
+def test_iou_of_a_perfect_prediction_is_one():
+    counted = TRUTH[:, :2]
+    assert mean_iou(confusion_matrix(counted, counted, 3)) == 1
+
+
+def test_iou_of_a_label_that_never_occurs_is_nan_and_left_out_of_the_mean():
+    confusion = np.array([[2, 0, 0], [1, 1, 0], [0, 0, 0]])
+    iou = intersection_over_union(confusion)
+    assert iou[:2].tolist() == pytest.approx([2 / 3, 1 / 2])
+    assert np.isnan(iou[2])
+    assert mean_iou(confusion) == pytest.approx(7 / 12)
+
+
+def test_iou_of_a_label_that_is_only_predicted_is_zero():
+    confusion = np.array([[3, 1], [0, 0]])
+    assert intersection_over_union(confusion).tolist() == pytest.approx([3 / 4, 0])
+    assert mean_iou(confusion) == pytest.approx(3 / 8)
+
+
+def test_labels_in_another_order_have_the_same_iou():
+    order = np.array([2, 0, 1])
+    swapped = np.array(CONFUSION)[np.ix_(order, order)]
+    expected = intersection_over_union(np.array(CONFUSION))[order]
+    assert intersection_over_union(swapped).tolist() == expected.tolist()

@@ -1,0 +1,135 @@
+"""The id lists and labels that are made of a devkit."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import run_program, write_annotation, write_mask
+
+from tool.maps import load_npy_dict
+from voc12.data import read_ids
+
+PREPARE = "voc12.prepare --voc12_root VOC --out_dir lists"
+
+
+def write_split(root, split, ids):
+    folder = root / "ImageSets" / "Segmentation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with a devkit: train t1 t2, val v1, test x1 (no annotation), and b1 from SBD."""
+    root = tmp_path / "VOC"
+    (root / "JPEGImages").mkdir(parents=True)
+    write_split(root, "train", ["t2", "t1"])
+    write_split(root, "val", ["v1"])
+    write_split(root, "test", ["x1"])
+    for image_id, names in {
+        "t1": ["person"],
+        "t2": ["tvmonitor", "aeroplane", "person"],
+        "v1": [],
+        "b1": ["person"],
+    }.items():
+        write_annotation(root, image_id, names)
+        write_mask(root, image_id, np.zeros((2, 2)), "SegmentationClassAug")
+    return tmp_path
+
+
+def test_lists_name_images_and_masks(world):
+    result = run_program(PREPARE, world).check()
+    lists = world / "lists"
+    assert (lists / "val.txt").read_text() == "/JPEGImages/v1.jpg /SegmentationClassAug/v1.png\n"
+    assert (lists / "test.txt").read_text() == "/JPEGImages/x1.jpg\n"
+    assert read_ids(lists / "train.txt") == ["t2", "t1"]  # the devkit's order
+    assert read_ids(lists / "train_aug.txt") == ["b1", "t1", "t2"]  # every mask but val's
+    for name, count in {"train": 2, "val": 1, "test": 1, "train_aug": 3}.items():
+        assert f"{name}.txt: {count} images\n" in result.out
+    assert "not made" not in result.out
+    assert sorted(path.name for path in lists.iterdir()) == [
+        *("cls_labels.npy", "test.txt", "train.txt", "train_aug.txt", "val.txt"),
+    ]
+
+
+def test_labels_in_voc_order_of_all_annotated_images(world):
+    result = run_program(PREPARE, world).check()
+    labels = load_npy_dict(world / "lists" / "cls_labels.npy")
+    assert sorted(labels) == ["b1", "t1", "t2", "v1"]
+    for label in labels.values():
+        assert label.dtype == np.float32
+        assert label.shape == (20,)
+    assert np.flatnonzero(labels["t2"]).tolist() == [0, 14, 19]
+    assert np.flatnonzero(labels["b1"]).tolist() == [14]
+    assert not labels["v1"].any()
+    assert "cls_labels.npy: labels of 4 images" in result.out
+    assert "1 images have no annotation" in result.out
+    # The form that NumPy's own reader gives back.
+    again = np.load(world / "lists" / "cls_labels.npy", allow_pickle=True).item()
+    assert again.keys() == labels.keys()
+
+
+def test_labels_of_other_classes(world):
+    (world / "classes.txt").write_text("tvmonitor\nperson\naeroplane\n")
+    run_program(f"{PREPARE} --classes classes.txt", world).check()
+    labels = load_npy_dict(world / "lists" / "cls_labels.npy")
+    assert labels["t1"].tolist() == [0, 1, 0]
+
+
+def test_default_folder_is_voc12(world):
+    run_program("voc12.prepare --voc12_root VOC", world).check()
+    assert (world / "voc12" / "cls_labels.npy").is_file()
+
+
+def test_what_a_devkit_lacks_is_not_made_and_said(world):
+    shutil.rmtree(world / "VOC" / "SegmentationClassAug")
+    (world / "VOC" / "ImageSets" / "Segmentation" / "test.txt").unlink()
+    result = run_program(PREPARE, world).check()
+    assert not (world / "lists" / "test.txt").exists()
+    assert not (world / "lists" / "train_aug.txt").exists()
+    assert "not made: test.txt" in result.out
+    assert "not made: train_aug.txt" in result.out
+    assert "--sbd_root" in result.out
+
+
+@pytest.mark.parametrize("below", ["cls", "benchmark_RELEASE/dataset/cls"])
+def test_train_aug_from_sbd(below, world):
+    shutil.rmtree(world / "VOC" / "SegmentationClassAug")
+    (world / "SBD" / below).mkdir(parents=True)
+    for image_id in ("b1", "v1", "s9"):
+        (world / "SBD" / below / f"{image_id}.mat").touch()
+    run_program(f"{PREPARE} --sbd_root SBD", world).check()
+    # SBD's images and VOC's train, without val.
+    assert read_ids(world / "lists" / "train_aug.txt") == ["b1", "s9", "t1", "t2"]
+
+
+def test_sbd_root_without_masks(world):
+    (world / "SBD").mkdir()
+    run_program(f"{PREPARE} --sbd_root SBD", world).assert_failed(1, "SBD: ", "--sbd_root")
+
+
+def test_a_devkit_with_nothing_to_make_lists_of(world):
+    shutil.rmtree(world / "VOC" / "ImageSets")
+    shutil.rmtree(world / "VOC" / "SegmentationClassAug")
+    run_program(PREPARE, world).assert_failed(1, "VOC: ", "ImageSets/Segmentation")
+    assert not (world / "lists").exists()
+
+
+def test_no_devkit(world):
+    run_program("voc12.prepare --voc12_root nowhere", world).assert_failed(1, "nowhere: ")
+
+
+def test_unknown_class(world):
+    write_annotation(world / "VOC", "t1", ["wombat"])
+    run_program(PREPARE, world).assert_failed(1, "t1.xml: ", "'wombat'", "--classes")
+
+
+def test_empty_split(world):
+    write_split(world / "VOC", "val", [])
+    run_program(PREPARE, world).assert_failed(1, "val.txt: ", "empty")
+
+
+def test_out_dir_that_is_a_file(world):
+    (world / "lists").write_text("mine")
+    run_program(PREPARE, world).assert_failed(1, "lists")
+    assert (world / "lists").read_text() == "mine"

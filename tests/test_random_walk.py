@@ -1,0 +1,243 @@
+"""The sparse random walk is the dense one, and does what a random walk must do."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tool.affinity import pair_offsets, source_grid
+from tool.random_walk import (
+    background_map,
+    pad_to_multiple,
+    propagate,
+    random_walk_label,
+    transition_matrix,
+)
+
+RADIUS = 5
+sides = st.integers(1, 13)
+walks = {"height": sides, "width": sides, "radius": st.integers(2, 5), "seed": st.integers(0, 99)}
+
+
+def _affinity(height, width, radius, seed, low=0.2) -> torch.Tensor:
+    rows, columns = source_grid(height, width, radius)
+    shape = (len(pair_offsets(radius)), rows * columns)
+    return torch.from_numpy(np.random.default_rng(seed).uniform(low, 1, shape))
+
+
+def _maps(count, height, width, seed=0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).uniform(size=(count, height, width)))
+
+
+def _dense_transition(affinity, height, width, radius, beta) -> np.ndarray:
+    """The definition: symmetric affinities, ones on the diagonal, power, columns normalized."""
+    matrix = np.eye(height * width)
+    reach = radius - 1
+    for o, (dy, dx) in enumerate(pair_offsets(radius)):
+        s = 0
+        for y in range(height - reach):
+            for x in range(reach, width - reach):
+                i, j = y * width + x, (y + dy) * width + x + dx
+                matrix[i, j] = matrix[j, i] = affinity[o, s]
+                s += 1
+    matrix = matrix**beta
+    return matrix / matrix.sum(axis=0)
+
+
+# ---- background ----
+
+
+def test_background_map_is_the_power_of_what_no_class_claims():
+    maps = torch.tensor([[[0.0, 0.5, 0.25]], [[0.0, 0.1, 1.0]]])
+    assert background_map(maps, 2).tolist() == [[1, 0.25, 0]]
+
+
+def test_background_map_without_classes_is_one():
+    assert torch.equal(background_map(torch.empty(0, 3, 4), 16), torch.ones(3, 4))
+
+
+# ---- transition matrix ----
+
+
+@given(**walks, beta=st.sampled_from([1, 2, 8]))
+def test_transition_matrix_equals_the_dense_definition(height, width, radius, seed, beta):
+    affinity = _affinity(height, width, radius, seed)
+    actual = transition_matrix(affinity, height, width, radius, beta).to_dense().numpy()
+    expected = _dense_transition(affinity.numpy(), height, width, radius, beta)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+@given(**walks)
+def test_transition_columns_sum_to_one(height, width, radius, seed):
+    affinity = _affinity(height, width, radius, seed, low=0)
+    dense = transition_matrix(affinity, height, width, radius, 8).to_dense()
+    assert dense.shape == (height * width, height * width)
+    assert (dense >= 0).all()
+    torch.testing.assert_close(dense.sum(dim=0), torch.ones(height * width, dtype=dense.dtype))
+
+
+def test_transition_without_affinity_stays_where_it_is():
+    rows, columns = source_grid(7, 10, RADIUS)
+    transition = transition_matrix(torch.zeros(34, rows * columns), 7, 10, RADIUS, 8)
+    assert torch.equal(transition.to_dense(), torch.eye(70))
+
+
+def test_transition_keeps_dtype_of_the_affinity():
+    affinity = _affinity(7, 10, RADIUS, 0)
+    assert transition_matrix(affinity, 7, 10, RADIUS, 8).dtype == torch.float64
+    assert transition_matrix(affinity.float(), 7, 10, RADIUS, 8).dtype == torch.float32
+
+
+# ---- walk ----
+
+
+@given(**walks, logt=st.integers(0, 8))
+def test_walk_equals_the_power_of_the_dense_matrix(height, width, radius, seed, logt):
+    affinity = _affinity(height, width, radius, seed)
+    maps = _maps(3, height, width, seed)
+    actual = propagate(maps, transition_matrix(affinity, height, width, radius, 4), 2**logt)
+    dense = _dense_transition(affinity.numpy(), height, width, radius, 4)
+    for _ in range(logt):
+        dense = dense @ dense
+    expected = maps.flatten(1).numpy() @ dense
+    np.testing.assert_allclose(actual.flatten(1).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 20), (20, 8), (1, 1), (3, 3)])
+def test_walk_on_a_grid_without_sources_changes_nothing(height, width):
+    affinity = torch.empty(34, 0, dtype=torch.float64)
+    maps = _maps(2, height, width)
+    transition = transition_matrix(affinity, height, width, RADIUS, 8)
+    assert torch.equal(propagate(maps, transition, 256), maps)
+
+
+def test_walk_leaves_cells_without_a_pair_as_they_are():
+    height, width = 13, 17
+    reach = RADIUS - 1
+    paired = np.zeros((height, width), bool)
+    for dy, dx in [(0, 0), *pair_offsets(RADIUS)]:
+        paired[dy : dy + height - reach, reach + dx : width - reach + dx] = True
+    alone = torch.from_numpy(~paired)
+    assert 0 < alone.sum() < 24  # a few corner cells
+
+    affinity = _affinity(height, width, RADIUS, 1)
+    maps = _maps(2, height, width)
+    walked = propagate(maps, transition_matrix(affinity, height, width, RADIUS, 1), 256)
+    assert torch.equal(walked[:, alone], maps[:, alone])
+    assert (walked[:, ~alone] != maps[:, ~alone]).all()
+
+
+@given(**walks)
+def test_walk_stays_within_the_range_of_the_map_and_keeps_constants(height, width, radius, seed):
+    affinity = _affinity(height, width, radius, seed, low=0)
+    transition = transition_matrix(affinity, height, width, radius, 2)
+    maps = torch.cat([torch.full((1, height, width), 0.3).double(), _maps(2, height, width, seed)])
+    walked = propagate(maps, transition, 64)
+    torch.testing.assert_close(walked[0], maps[0])
+    assert (walked.amax(dim=(1, 2)) <= maps.amax(dim=(1, 2)) + 1e-12).all()
+    assert (walked.amin(dim=(1, 2)) >= maps.amin(dim=(1, 2)) - 1e-12).all()
+
+
+def test_walk_is_linear_and_treats_maps_separately():
+    transition = transition_matrix(_affinity(9, 12, RADIUS, 2), 9, 12, RADIUS, 8)
+    first, second = _maps(2, 9, 12, 3), _maps(2, 9, 12, 4)
+    walked = propagate(2 * first + 0.5 * second, transition, 16)
+    separately = 2 * propagate(first, transition, 16) + 0.5 * propagate(second, transition, 16)
+    torch.testing.assert_close(walked, separately)
+    torch.testing.assert_close(
+        propagate(first, transition, 16)[1:], propagate(first[1:], transition, 16)
+    )
+
+
+def test_walk_in_two_parts_is_the_whole_walk():
+    transition = transition_matrix(_affinity(9, 12, RADIUS, 2), 9, 12, RADIUS, 8)
+    maps = _maps(2, 9, 12)
+    assert torch.equal(propagate(maps, transition, 0), maps)
+    torch.testing.assert_close(
+        propagate(propagate(maps, transition, 5), transition, 11), propagate(maps, transition, 16)
+    )
+
+
+def test_walk_does_not_cross_affinity_zero():
+    # Left and right half share no pair: nothing gets from one to the other.
+    height, width = 8, 14
+    side = np.arange(width) >= width // 2
+    reach = RADIUS - 1
+    sources = side[reach : width - reach]
+    affinity = np.stack(
+        [
+            np.tile(sources == side[reach + dx : width - reach + dx], (height - reach, 1)).ravel()
+            for _, dx in pair_offsets(RADIUS)
+        ]
+    )
+    maps = torch.from_numpy(np.tile(side, (1, height, 1)).astype(np.float64))
+    transition = transition_matrix(
+        torch.from_numpy(affinity.astype(np.float64)), height, width, RADIUS, 8
+    )
+    torch.testing.assert_close(propagate(maps, transition, 256), maps)
+
+
+# ---- padding and label ----
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_padding_adds_zeros_right_and_bottom_only(height, width):
+    x = torch.ones(2, height, width)
+    padded = pad_to_multiple(x, 8)
+    assert padded.shape[-2] % 8 == padded.shape[-1] % 8 == 0
+    assert 0 <= padded.shape[-2] - height < 8
+    assert 0 <= padded.shape[-1] - width < 8
+    assert torch.equal(padded[:, :height, :width], x)
+    assert padded.sum() == x.sum()
+
+
+def _bilinear_weights(cells, stride) -> np.ndarray:
+    """Pixels x cells: how a pixel weighs the two cells between whose centres it lies."""
+    centres = np.clip((np.arange(cells * stride) + 0.5) / stride - 0.5, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)))
+
+
+def test_random_walk_label_follows_its_definition_step_by_step():
+    height, width, grid = 51, 75, (7, 10)
+    maps = 0.5 * _maps(2, height, width).float()
+    affinity = _affinity(*grid, RADIUS, 5)
+    transition = transition_matrix(affinity, *grid, RADIUS, 8)
+    label, scores = random_walk_label(maps, transition, alpha=4, steps=4, stride=8)
+
+    stacked = np.zeros((3, 56, 80))  # padded with zeros, the background, too
+    stacked[1:, :height, :width] = maps
+    stacked[0, :height, :width] = (1 - maps.numpy().max(axis=0)) ** 4
+    pooled = stacked.reshape(3, 7, 8, 10, 8).mean(axis=(2, 4))
+    dense = _dense_transition(affinity.numpy(), *grid, RADIUS, 8)
+    expected = pooled.reshape(3, -1) @ np.linalg.matrix_power(dense, 4)
+    np.testing.assert_allclose(scores.flatten(1).numpy(), expected, atol=1e-6)
+
+    rows, columns = (_bilinear_weights(cells, 8) for cells in grid)
+    upsampled = np.einsum("yi,kij,xj->kyx", rows, expected.reshape(3, 7, 10), columns)
+    assert (label.numpy() == upsampled.argmax(axis=0)[:height, :width]).mean() > 0.999
+    assert label.dtype == torch.uint8
+    assert label.shape == (height, width)
+    assert label.unique().tolist() == [0, 1, 2]
+
+
+def test_random_walk_label_upsamples_bilinearly_and_crops():
+    # Without sources the walk does nothing, so the label's border lies where two ramps cross.
+    maps = torch.zeros(2, 8, 20)
+    maps[0, :, :8] = 1
+    maps[1, :, 8:] = 1
+    transition = transition_matrix(torch.empty(34, 0), 1, 3, RADIUS, 8)
+    label, scores = random_walk_label(maps, transition, alpha=16, steps=256, stride=8)
+    assert scores.shape == (3, 1, 3)
+    assert scores[:, 0, 2].tolist() == [0, 0, 0.5]  # half of the last cell is padding
+    assert label.shape == (8, 20)
+    assert (label[:, :8] == 1).all()
+    assert (label[:, 8:] == 2).all()
+
+
+def test_random_walk_label_without_classes_is_background():
+    transition = transition_matrix(_affinity(7, 10, RADIUS, 0), 7, 10, RADIUS, 8)
+    label, scores = random_walk_label(torch.empty(0, 51, 75), transition, 16, 8, 8)
+    assert scores.shape == (1, 7, 10)
+    assert label.shape == (51, 75)
+    assert (label == 0).all()
