@@ -511,6 +511,7 @@ def test_numbers_out_of_range(name, flag, value, tmp_path):
         ("--network ''", ("--network",)),
         ("--device nonsense", ("--device nonsense", "auto or cpu")),
         ("--device cuda:99", ("--device cuda:99", "auto or cpu")),
+        ("--device meta", ("--device meta", "auto or cpu")),
         ("--lerning_rate 1", ("--lerning_rate",)),
     ],
 )
@@ -741,6 +742,36 @@ def test_output_folder_that_is_a_file(name, flags, spoilable):
     (spoilable / "taken").write_text("mine")
     assert_fails_alike(spoilable, name, flags, "taken")
     assert (spoilable / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["train_cls", "train_aff"])
+@pytest.mark.parametrize("session", ["out/", "out", "."])
+def test_session_names_that_no_file_can_have(name, session, spoilable):
+    for suffix in (".pth", ".log"):
+        (spoilable / f"out{suffix}").mkdir()
+    before = contents(spoilable / "out")
+    outcome = run_program(f"{COMMANDS[name]} --session_name {session}", spoilable)
+    outcome.assert_failed(2, f"--session_name {session}")
+    assert contents(spoilable / "out") == before
+
+
+@pytest.mark.parametrize("name", ["train_cls", "train_aff"])
+def test_a_mistyped_weight_file_leaves_the_last_session_alone(name, spoilable):
+    before = contents(spoilable / "out")
+    run_program(f"{COMMANDS[name]} --weights mistyped.pth", spoilable).assert_failed(1, "mistyped")
+    assert contents(spoilable / "out") == before
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_missing_images_are_counted_before_anything_is_made(name, spoilable):
+    image_ids = read_ids(spoilable / "lists" / "train.txt")
+    for image_id in image_ids[-2:]:
+        (spoilable / "VOC" / "JPEGImages" / f"{image_id}.jpg").unlink()
+    before = contents(spoilable / "out")
+    flags = f"{LIST_FLAGS[name][0]} lists/train.txt"
+    outcome = run_program(f"{COMMANDS[name]} {flags}", spoilable)
+    outcome.assert_failed(1, f"JPEGImages/{image_ids[-2]}.jpg: no such file", "2 of ")
+    assert contents(spoilable / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,14 @@ def test_weights_come_back_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
 
 
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    net = FourGroups()
+    net.values[2].data.fill_(math.inf)
+    with pytest.raises(DataError, match=r"values\.2 is not finite.*no weights were written.*--lr"):
+        save_weights(tmp_path / "net.pth", net)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _write_log(path, seed):
     log = SessionLog(path, seed, torch.device("cpu"))
     log.say("epoch 1/2: loss 0.5")

@@ -263,3 +263,16 @@ def test_none_leaves_every_tensor_fresh_and_warns(load, say, tmp_path, monkeypat
     assert _equal(net.state_dict(), _classifier(1).state_dict())
     assert len(say) == 1
     assert say.text.startswith("WARNING: --weights none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("load", [load_for_training, load_for_inference])
+def test_weights_that_are_not_finite_are_refused(load, value, path, say):
+    state = _classifier(0).state_dict()
+    state["trunk3.weight"][0, 0, 0, 0] = value
+    torch.save(state, path)
+    net = _classifier(1)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(DataError, match=r"trunk3\.weight has values that are not finite"):
+        load(net, str(path), say)
+    assert _equal(net.state_dict(), before)

@@ -28,7 +28,10 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except DataError as error:
         _leave(f"error: {error}", EXIT_DATA)
     except OSError as error:
-        _leave(f"error: {error.filename or ''}: {error.strerror or error}", EXIT_DATA)
+        # Where a renaming failed, the second name is the one that the user knows.
+        place = error.filename2 or error.filename
+        reason = error.strerror or str(error)
+        _leave(f"error: {place}: {reason}." if place else f"error: {reason}.", EXIT_DATA)
     except KeyboardInterrupt:
         _leave("interrupted: finished files are kept.", EXIT_INTERRUPTED)
 

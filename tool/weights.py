@@ -108,6 +108,9 @@ def _load(
             f"First differences: {_names(differences)}."
         )
     taken = {name: found[name] for name in wanted if fits(name)}
+    for name, value in taken.items():
+        if not value.isfinite().all():
+            raise DataError(f"{path}: {name} has values that are not finite; train again.")
     unused = [name for name in found if name not in taken]
     net.load_state_dict(taken, strict=False)  # completeness was checked above
     say(f"weights: {len(taken)} tensors taken from {path} ({describe(found)})")
