@@ -22,7 +22,14 @@ from helpers import (
 )
 from PIL import Image
 
-from tool.maps import load_index_png, load_maps, save_maps, voc_palette
+from tool.maps import (
+    load_index_png,
+    load_maps,
+    load_npy_dict,
+    save_maps,
+    save_npy_dict,
+    voc_palette,
+)
 from voc12 import toy
 from voc12.data import VOC_CLASSES, Devkit, read_ids
 
@@ -723,6 +730,9 @@ def test_weights_of_the_other_task(done):
 
 def test_weights_of_another_class_count(spoilable):
     (spoilable / "classes.txt").write_text("\n".join([*VOC_CLASSES, "zebra"]))
+    label_path = spoilable / "lists" / "cls_labels.npy"  # labels of all 21: they are checked first
+    labels = load_npy_dict(label_path)
+    save_npy_dict(label_path, {k: np.append(v, 0) for k, v in labels.items()})
     words = ("out/cls.pth: ", "fc8.weight (20, 128, 1, 1) instead of (21, 128, 1, 1)")
     assert_fails_alike(spoilable, "infer_cls", "--classes classes.txt", *words)
 
