@@ -26,6 +26,7 @@ from voc12.data import (
     index_image,
     open_devkit,
     read_ids,
+    require_files,
 )
 
 
@@ -74,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     devkit.require_images(ids)
+    require_files(args.cam_dir, ids, ".npy", "infer_cls.py --out_cam makes them")
     net = args.network.Net(radius=args.radius)
     load_for_inference(net, args.weights, print)
     net.to(device).eval()

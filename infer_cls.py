@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     seed_torch(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
-    devkit.require_labelled_images(ids)
+    print(devkit.require_labelled_images(ids))
     net = args.network.Net(num_classes=len(devkit.class_names))
     load_for_inference(net, args.weights, print)
     net.to(device).eval()

@@ -10,6 +10,7 @@ Writes <session_name>.pth and <session_name>.log. LA and HA are what infer_cls.p
 """
 
 import argparse
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -28,7 +29,13 @@ from tool.training import (
     train_one_epoch,
 )
 from tool.weights import load_for_training
-from voc12.data import AffinityTrainingSet, add_devkit_arguments, open_devkit, read_ids
+from voc12.data import (
+    AffinityTrainingSet,
+    add_devkit_arguments,
+    open_devkit,
+    read_ids,
+    require_files,
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,6 +61,8 @@ def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if Path(args.la_crf_dir).resolve() == Path(args.ha_crf_dir).resolve():
+        raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
     device = choose_device(args.device)
     session = session_name(args)
     seed_torch(args.seed)
@@ -78,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
     )
     optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
     devkit.require_images(train_ids)
+    require_files(args.la_crf_dir, train_ids, ".npy", "infer_cls.py --out_la_crf makes them")
+    require_files(args.ha_crf_dir, train_ids, ".npy", "infer_cls.py --out_ha_crf makes them")
 
     log = SessionLog(f"{session}.log", args.seed, device)
     log.say("\n".join(loaded))

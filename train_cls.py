@@ -104,11 +104,11 @@ def main(args: argparse.Namespace) -> None:
     )
     val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
     optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
-    devkit.require_labelled_images([*train_ids, *val_ids])
+    labels = devkit.require_labelled_images([*train_ids, *val_ids])
 
     log = SessionLog(f"{session}.log", args.seed, device)
     log.say("\n".join(loaded))
-    log.say(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on")
+    log.say(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}")
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = batch

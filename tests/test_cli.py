@@ -678,6 +678,58 @@ def test_maps_of_the_wrong_size_damaged_or_missing(name, folder, num_workers, sp
     assert_fails_alike(spoilable, name, flags, named)
 
 
+@pytest.mark.parametrize("folder", ["la", "ha"])
+@pytest.mark.parametrize(
+    ("name", "flag"), [("infer_aff", "--cam_dir"), ("voc12.evaluate", "--cam")]
+)
+def test_crf_scores_are_not_taken_for_cams(name, flag, folder, spoilable):
+    command = COMMANDS[name].replace("--pred out/rw", "")
+    outcome = run_program(
+        f"{command} {LIST_FLAGS[name][0]} lists/train.txt {flag} out/{folder}", spoilable
+    )
+    outcome.assert_failed(1, f"out/{folder}/", "CRF scores", "--out_cam")
+
+
+def test_swapped_crf_folders_are_noticed(spoilable):
+    # Where every image has more background under the low alpha, as it must.
+    ids = read_ids(spoilable / "lists" / "train.txt")
+    for image_id in ids:
+        scores = load_maps(spoilable / "out" / "la" / f"{image_id}.npy")
+        first, *others = scores.values()
+        for folder, share in (("la", 0.9), ("ha", 0.1)):
+            rest = np.full_like(first, (1 - share) / len(others))
+            maps = {0: np.full_like(first, share), **dict.fromkeys(list(scores)[1:], rest)}
+            save_maps(spoilable / "out" / folder / f"{image_id}.npy", maps)
+    command = f"{COMMANDS['train_aff']} --max_epoches 1"
+    run_program(command, spoilable).check()
+    swapped = f"{command} --la_crf_dir out/ha --ha_crf_dir out/la"
+    run_program(swapped, spoilable).assert_failed(1, "swapped", "--la_crf_dir", "--out_la_crf")
+    same = f"{command} --la_crf_dir out/ha --ha_crf_dir out/../out/ha"
+    run_program(same, spoilable).assert_failed(2, "--la_crf_dir", "same folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("train_aff", "--la_crf_dir"), ("train_aff", "--ha_crf_dir"),
+                       ("infer_aff", "--cam_dir"), ("voc12.evaluate", "--pred")]
+)  # fmt: skip
+def test_an_empty_folder_is_noticed_before_anything_is_made(name, flag, spoilable):
+    before = contents(spoilable / "out")
+    (spoilable / "empty").mkdir()
+    outcome = run_program(f"{COMMANDS[name]} {flag} empty", spoilable)
+    outcome.assert_failed(1, "empty/toy_", "no such file", "infer_", "--out_")
+    count = re.search(r"\((\d+) of (\d+) are missing\)", outcome.last_line)
+    assert count and count[1] == count[2]
+    assert contents(spoilable / "out") == before
+
+
+def test_where_labels_come_from_is_said(spoilable):
+    write_image(spoilable / "VOC", "extra", noise_image(40, 50))
+    write_annotation(spoilable / "VOC", "extra", ["cat"])
+    (spoilable / "two.txt").write_text("toy_000000\nextra\n")
+    outcome = run_program(f"{COMMANDS['infer_cls']} --infer_list two.txt", spoilable).check()
+    assert "labels: 1 from lists/cls_labels.npy, 1 from annotations" in outcome.out
+
+
 @pytest.fixture(scope="module")
 def weight_files(done):
     """Files that are no weights of the tiny networks, in the folder weights."""

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 
@@ -107,10 +108,13 @@ def _network(name: str, method: str, wanted: str):
     package, _, module = name.rpartition(".")
     if package not in ("", "network") or not module.isidentifier():
         raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
+    package_of_networks = importlib.import_module("network")
     try:
         loaded = importlib.import_module(f"network.{module}")
     except ModuleNotFoundError as error:
-        raise argparse.ArgumentTypeError(f"there is no network {name!r}") from error
+        names = (module.name for module in pkgutil.iter_modules(package_of_networks.__path__))
+        known = ", ".join(name for name in names if name.endswith(("_cls", "_aff")))
+        raise argparse.ArgumentTypeError(f"there is no network {name!r}, but {known}") from error
     if not hasattr(getattr(loaded, "Net", None), method):
         raise argparse.ArgumentTypeError(f"{name!r} is no {wanted}")
     return loaded

@@ -102,10 +102,13 @@ def _load(
             else f"{name} missing"
             for name in required
         ]
+        if describe(found) == describe(wanted):
+            problem = "weights of this network for other classes, or not all of them; see --classes"
+        else:
+            problem = f"weights of another network ({describe(found)})"
         raise DataError(
-            f"{path}: these are weights of another network ({describe(found)}); --network is "
-            f"{type(net).__module__} ({describe(wanted)}). "
-            f"First differences: {_names(differences)}."
+            f"{path}: these are {problem}; --network is {type(net).__module__} "
+            f"({describe(wanted)}). First differences: {_names(differences)}."
         )
     taken = {name: found[name] for name in wanted if fits(name)}
     for name, value in taken.items():

@@ -33,6 +33,10 @@ VOC_CLASSES = (
 
 BACKGROUND = "background"
 LABEL_FILE = "voc12/cls_labels.npy"
+# How far CRF scores may be from summing to one.
+PROBABILITY_TOLERANCE = 1e-3
+# Share of background by which the high alpha's scores must exceed the low one's to be told apart.
+SWAPPED_MARGIN = 0.02
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 Normalize = Callable[[np.ndarray], np.ndarray]
@@ -152,17 +156,18 @@ class Devkit:
 
     def require_images(self, ids: Sequence[str]) -> None:
         """Raise DataError if a photograph is missing: better now than after hours."""
-        missing = [path for path in map(self.image_path, ids) if not path.is_file()]
-        if missing:
-            raise DataError(
-                f"{missing[0]}: no such file ({len(missing)} of {len(ids)} images are missing)."
-            )
+        folder = self.root / "JPEGImages"
+        require_files(folder, ids, ".jpg", "--voc12_root and the list do not belong together")
 
-    def require_labelled_images(self, ids: Sequence[str]) -> None:
-        """Raise DataError if a photograph or an image-level label is missing."""
+    def require_labelled_images(self, ids: Sequence[str]) -> str:
+        """Raise DataError if a photograph or label is missing; says where the labels are from."""
         self.require_images(ids)
         for image_id in ids:
             self.image_label(image_id)
+        from_file = sum(image_id in self._labels for image_id in ids)
+        return (
+            f"labels: {from_file} from {self.label_file}, {len(ids) - from_file} from annotations"
+        )
 
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
@@ -375,6 +380,12 @@ class AffinityTrainingSet(_TrainingSet):
                 f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
                 f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
             )
+        # A lower alpha means more background, whatever the image.
+        if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
+            raise DataError(
+                f"{low_path}: has less background than {high_path}, so the folders are swapped; "
+                "--la_crf_dir is what infer_cls.py wrote to --out_la_crf."
+            )
         return np.stack([*low.values(), *high.values()], axis=-1)
 
 
@@ -400,8 +411,7 @@ class AffinityInferenceSet(_ImageSet):
         image_id = self.ids[index]
         image = self.devkit.load_image(image_id)
         path = self.cam_dir / f"{image_id}.npy"
-        maps = load_maps(path, (image.height, image.width))
-        check_classes(path, maps, len(self.devkit.class_names))
+        maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
         stacked = torch.zeros(len(maps), image.height, image.width)
         for place, values in enumerate(maps.values()):
             stacked[place] = torch.from_numpy(values)
@@ -409,12 +419,33 @@ class AffinityInferenceSet(_ImageSet):
         return AffinitySample(image_id, torch.from_numpy(array), list(maps), stacked)
 
 
-def check_classes(path: str | os.PathLike, maps: dict[int, np.ndarray], num_classes: int) -> None:
-    """Raise DataError if maps hold a class that the class list does not have."""
+def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
+    """Class activation maps {class: float32 H x W} of an image of the given (H, W).
+
+    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
+    further, or a class that the class list does not have.
+    """
+    maps = load_maps(path, size)
+    if 0 in maps and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
+        raise DataError(
+            f"{path}: holds CRF scores (they sum to one, background first), not class activation "
+            "maps; name the folder that infer_cls.py wrote to --out_cam."
+        )
     if maps and max(maps) >= num_classes:
         raise DataError(
             f"{path}: has a map of class {max(maps)}, but there are {num_classes} classes "
             "(counted from 0); see --classes."
+        )
+    return maps
+
+
+def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
+    """Raise DataError, ending in ``hint``, if ``<folder>/<id><suffix>`` is missing for an id."""
+    paths = [Path(folder, image_id + suffix) for image_id in ids]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such file ({len(missing)} of {len(ids)} are missing); {hint}."
         )
 
 

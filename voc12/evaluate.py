@@ -21,16 +21,17 @@ from tool import cli
 from tool.cam import fixed_background_label
 from tool.crf import background_and_maps
 from tool.errors import DataError, UsageError
-from tool.maps import atomic_write, load_index_png, load_maps
+from tool.maps import atomic_write, load_index_png
 from tool.metrics import confusion_matrix, intersection_over_union, mean_iou
 from voc12.data import (
     BACKGROUND,
     Devkit,
     add_devkit_arguments,
-    check_classes,
     index_image,
+    load_cams,
     open_devkit,
     read_ids,
+    require_files,
 )
 
 # Background score of maps, unless another one or an alpha is given (released code).
@@ -76,9 +77,7 @@ def prediction_loader(
         return load_index_png(Path(args.pred, f"{image_id}.png"))
 
     def from_maps(image_id: str, size: tuple[int, int]) -> np.ndarray:
-        path = Path(args.cam, f"{image_id}.npy")
-        maps = load_maps(path, size)
-        check_classes(path, maps, num_classes)
+        maps = load_cams(Path(args.cam, f"{image_id}.npy"), size, num_classes)
         if not maps:  # an image without objects
             return np.zeros(size, np.uint8)
         return maps_to_label(maps, args.bg, args.alpha)
@@ -130,6 +129,10 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--bg and --alpha make labels of --cam; --pred holds labels already.")
     devkit = open_devkit(args)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
+    if args.pred:
+        require_files(args.pred, ids, ".png", "infer_aff.py --out_rw makes them")
+    else:
+        require_files(args.cam, ids, ".npy", "infer_cls.py --out_cam makes them")
     confusion = evaluate(devkit, ids, prediction_loader(args, len(devkit.class_names)))
     if not confusion.any():
         raise DataError(f"{args.list}: not one pixel of its masks is labelled, nothing to score.")

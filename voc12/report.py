@@ -20,7 +20,14 @@ from tool import cli
 from tool.affinity import VOID, affinity_label
 from tool.errors import DataError, UsageError
 from tool.maps import atomic_write, load_index_png, load_maps, voc_palette
-from voc12.data import Devkit, add_devkit_arguments, index_image, open_devkit, read_ids
+from voc12.data import (
+    Devkit,
+    add_devkit_arguments,
+    index_image,
+    load_cams,
+    open_devkit,
+    read_ids,
+)
 
 HEAT_STRENGTH = 0.65  # of a CAM's maximum over the gray photograph
 LABEL_STRENGTH = 0.65  # of a label's colour over the gray photograph
@@ -94,7 +101,8 @@ def panels(args: argparse.Namespace, devkit: Devkit) -> list[Panel]:
     """The columns between photograph and mask that the command line asks for."""
 
     def heat(image_id: str, gray: np.ndarray) -> np.ndarray:
-        return paint_heat(gray, load_maps(Path(args.cam, f"{image_id}.npy"), gray.shape[:2]))
+        path = Path(args.cam, f"{image_id}.npy")
+        return paint_heat(gray, load_cams(path, gray.shape[:2], len(devkit.class_names)))
 
     def confident(image_id: str, gray: np.ndarray) -> np.ndarray:
         low, high = (
