@@ -94,11 +94,22 @@ def infer(
         write_outputs(args, sample.image_id, sample.image, classes, cam)
 
 
-def main(args: argparse.Namespace) -> None:
-    if not (args.out_cam or args.out_la_crf or args.out_ha_crf or args.out_cam_pred):
+def check_output_folders(args: argparse.Namespace) -> None:
+    """Raise UsageError if no folder is named, or one twice for files of the same name."""
+    map_folders = [Path(f).resolve() for f in (args.out_cam, args.out_la_crf, args.out_ha_crf) if f]
+    if not (map_folders or args.out_cam_pred):
         raise UsageError(
             "name at least one of --out_cam, --out_la_crf, --out_ha_crf, --out_cam_pred."
         )
+    if len(set(map_folders)) < len(map_folders):
+        raise UsageError(
+            "--out_cam, --out_la_crf and --out_ha_crf must be different folders: "
+            "their files have the same names."
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    check_output_folders(args)
     device = choose_device(args.device)
     seed_torch(args.seed)
     devkit = open_devkit(args)

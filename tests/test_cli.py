@@ -545,6 +545,15 @@ def test_no_output_folder_named(done):
     run_program(command, done).assert_failed(2, *words)
 
 
+@pytest.mark.parametrize(("first", "second"), [("cam", "la_crf"), ("la_crf", "ha_crf")])
+def test_outputs_that_would_overwrite_each_other(first, second, spoilable):
+    before = contents(spoilable / "out")
+    flags = f"--out_{first} out/same --out_{second} out/../out/same"
+    outcome = run_program(f"{COMMANDS['infer_cls']} {flags}", spoilable)
+    outcome.assert_failed(2, f"--out_{first}", f"--out_{second}", "different folders")
+    assert contents(spoilable / "out") == before
+
+
 @pytest.mark.parametrize(("crop_size", "words"), [(84, "multiple of 8"), (64, "at least 72")])
 def test_crop_sizes_that_affinities_cannot_have(crop_size, words, done):
     outcome = run_program(f"{COMMANDS['train_aff']} --crop_size {crop_size}", done)
