@@ -7,7 +7,7 @@ import pytest
 from helpers import run_program, write_annotation, write_mask
 
 from tool.maps import load_npy_dict
-from voc12.data import read_ids
+from voc12.data import Devkit, read_ids
 
 PREPARE = "voc12.prepare --voc12_root VOC --out_dir lists"
 
@@ -133,3 +133,21 @@ def test_out_dir_that_is_a_file(world):
     (world / "lists").write_text("mine")
     run_program(PREPARE, world).assert_failed(1, "lists")
     assert (world / "lists").read_text() == "mine"
+
+
+def test_real_photographs_masks_and_annotations_agree(voc_mini, tmp_path):
+    command = f"voc12.prepare --voc12_root {voc_mini} --out_dir lists"
+    outcome = run_program(command, tmp_path).check()
+    assert "not made: train_aug.txt" in outcome.out
+    ids = {split: read_ids(tmp_path / "lists" / f"{split}.txt") for split in ("train", "val")}
+    assert {split: len(members) for split, members in ids.items()} == {"train": 200, "val": 100}
+    labels = load_npy_dict(tmp_path / "lists" / "cls_labels.npy")
+    assert set(labels) == {*ids["train"], *ids["val"]}
+
+    devkit = Devkit(voc_mini)
+    for image_id in ids["val"][:20]:
+        image, mask = devkit.load_image(image_id), devkit.load_mask(image_id)
+        assert (image.height, image.width) == mask.shape
+        classes = np.unique(mask[(mask > 0) & (mask < 255)]) - 1
+        assert classes.size
+        assert labels[image_id][classes].all(), image_id
