@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tool import cli
-from tool.cam import fixed_background_label, multi_scale_cam
+from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
 from tool.crf import background_and_maps, dense_crf
 from tool.distributed import choose_device, seed_torch
 from tool.errors import UsageError
@@ -32,9 +32,6 @@ from voc12.data import (
     open_devkit,
     read_ids,
 )
-
-# Background score of --out_cam_pred (released code).
-BACKGROUND_SCORE = 0.2
 
 
 def get_args_parser() -> argparse.ArgumentParser:

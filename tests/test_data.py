@@ -8,9 +8,8 @@ import torch
 from helpers import noise_image, working_directory, write_annotation, write_image, write_mask
 from PIL import Image
 
-from tool.affinity import VOID
 from tool.errors import DataError
-from tool.maps import save_maps, save_npy_dict
+from tool.maps import VOID, save_maps, save_npy_dict
 from voc12 import data
 from voc12.data import Devkit
 

@@ -5,8 +5,7 @@ import pytest
 from helpers import noise_image, run_program, write_image, write_mask
 from PIL import Image
 
-from tool.affinity import VOID
-from tool.maps import save_index_png, save_maps
+from tool.maps import VOID, save_index_png, save_maps
 from voc12 import report
 
 HEIGHT, WIDTH = 20, 28  # neither fills its cells of 8 pixels

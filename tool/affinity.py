@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VOID = 255
+from tool.maps import VOID
+
 # Keeps logarithms finite and divisions defined (released code).
 EPSILON = 1e-5
 # A cell whose every score is below this has no label at all (released code).

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 # Added to a map's maximum before it divides (released code).
 EPSILON = 1e-5
+# Constant background score of labels made of CAMs alone (released code).
+BACKGROUND_SCORE = 0.2
 
 
 def multi_scale_cam(

@@ -108,12 +108,13 @@ def _network(name: str, method: str, wanted: str):
     package, _, module = name.rpartition(".")
     if package not in ("", "network") or not module.isidentifier():
         raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
-    package_of_networks = importlib.import_module("network")
     try:
         loaded = importlib.import_module(f"network.{module}")
     except ModuleNotFoundError as error:
-        names = (module.name for module in pkgutil.iter_modules(package_of_networks.__path__))
-        known = ", ".join(name for name in names if name.endswith(("_cls", "_aff")))
+        parts = [
+            part.name for part in pkgutil.iter_modules(importlib.import_module("network").__path__)
+        ]
+        known = ", ".join(part for part in parts if part.endswith(("_cls", "_aff")))
         raise argparse.ArgumentTypeError(f"there is no network {name!r}, but {known}") from error
     if not hasattr(getattr(loaded, "Net", None), method):
         raise argparse.ArgumentTypeError(f"{name!r} is no {wanted}")

@@ -23,6 +23,8 @@ from PIL import Image
 from tool.errors import DataError
 
 NUM_PALETTE_COLOURS = 256
+# The label of pixels that count for nothing, in every index image (VOC's "void").
+VOID = 255
 
 
 @contextmanager
@@ -106,6 +108,11 @@ def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> d
         if not np.isfinite(value).all():
             raise DataError(f"{path}: the map of class {key} has values that are not finite.")
     return maps
+
+
+def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Maps of an image of the given (H, W) as one array, float32 K x H x W, also where K is 0."""
+    return np.array([*maps.values()], np.float32).reshape(len(maps), *size)
 
 
 def _class_index_or_refuse(path: str | os.PathLike):
@@ -223,24 +230,27 @@ class _PickledArray:
         dtype, cells = pickled_type.dtype, math.prod(shape)
         if any(side < 0 for side in shape):
             raise pickle.UnpicklingError(f"an array of shape {shape}")
-        if dtype.hasobject:
-            if not isinstance(content, list) or len(content) != cells:
-                raise pickle.UnpicklingError("an array without its objects")
+        if not dtype.hasobject:
+            flat = _numbers(dtype, content, cells)
+        elif isinstance(content, list) and len(content) == cells:
             flat = np.empty(cells, dtype)
             flat[:] = [_finished(item) for item in content]
         else:
-            content = content.encode("latin1") if isinstance(content, str) else content
-            if not isinstance(content, bytes) or len(content) != cells * dtype.itemsize:
-                raise pickle.UnpicklingError("an array without its bytes")
-            flat = np.frombuffer(content, dtype).copy()
+            raise pickle.UnpicklingError("an array without its objects")
         self.value = flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _scalar(pickled_type: _PickledType, content: bytes | str) -> np.generic:
-    content = content.encode("latin1") if isinstance(content, str) else content
-    if pickled_type.dtype.hasobject or len(content) != pickled_type.dtype.itemsize:
-        raise pickle.UnpicklingError("a number without its bytes")
-    return np.frombuffer(content, pickled_type.dtype)[0]
+    return _numbers(pickled_type.dtype, content, 1)[0]
+
+
+def _numbers(dtype: np.dtype, content: Any, count: int) -> np.ndarray:
+    """That many numbers or strings from their raw bytes, which must be there to the last one."""
+    if isinstance(content, str):  # bytes that Python 2 wrote
+        content = content.encode("latin1")
+    if dtype.hasobject or not isinstance(content, bytes) or len(content) != count * dtype.itemsize:
+        raise pickle.UnpicklingError("an array without its bytes")
+    return np.frombuffer(content, dtype).copy()
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-VOID = 255
+from tool.maps import VOID
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_labels: int) -> np.ndarray:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tool import transforms
-from tool.affinity import VOID, affinity_label
+from tool.affinity import affinity_label
 from tool.errors import DataError
-from tool.maps import load_index_png, load_maps, load_npy_dict, open_image
+from tool.maps import VOID, load_index_png, load_maps, load_npy_dict, open_image, stack_maps
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -412,9 +412,7 @@ class AffinityInferenceSet(_ImageSet):
         image = self.devkit.load_image(image_id)
         path = self.cam_dir / f"{image_id}.npy"
         maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
-        stacked = torch.zeros(len(maps), image.height, image.width)
-        for place, values in enumerate(maps.values()):
-            stacked[place] = torch.from_numpy(values)
+        stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
         array = transforms.to_chw(self._normalized(image))
         return AffinitySample(image_id, torch.from_numpy(array), list(maps), stacked)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from tool import cli
-from tool.cam import fixed_background_label
+from tool.cam import BACKGROUND_SCORE, fixed_background_label
 from tool.crf import background_and_maps
 from tool.errors import DataError, UsageError
-from tool.maps import atomic_write, load_index_png
+from tool.maps import atomic_write, load_index_png, stack_maps
 from tool.metrics import confusion_matrix, intersection_over_union, mean_iou
 from voc12.data import (
     BACKGROUND,
@@ -33,9 +33,6 @@ from voc12.data import (
     read_ids,
     require_files,
 )
-
-# Background score of maps, unless another one or an alpha is given (released code).
-DEFAULT_BACKGROUND = 0.2
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,13 +55,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def maps_to_label(maps: dict[int, np.ndarray], bg: float | None, alpha: float | None) -> np.ndarray:
-    """Class maps {class: H x W} (at least one) -> uint8 H x W labels, by a background score."""
-    stacked = np.stack(list(maps.values()))
+def maps_to_label(
+    maps: dict[int, np.ndarray], size: tuple[int, int], bg: float | None, alpha: float | None
+) -> np.ndarray:
+    """Class maps {class: H x W} of an image of that size -> uint8 H x W, by a background score."""
+    stacked = stack_maps(maps, size)
     if alpha is not None:
         local = background_and_maps(stacked, alpha).argmax(axis=0)
     else:
-        local = fixed_background_label(stacked, DEFAULT_BACKGROUND if bg is None else bg)
+        local = fixed_background_label(stacked, BACKGROUND_SCORE if bg is None else bg)
     return index_image(local, list(maps))
 
 
@@ -78,9 +77,7 @@ def prediction_loader(
 
     def from_maps(image_id: str, size: tuple[int, int]) -> np.ndarray:
         maps = load_cams(Path(args.cam, f"{image_id}.npy"), size, num_classes)
-        if not maps:  # an image without objects
-            return np.zeros(size, np.uint8)
-        return maps_to_label(maps, args.bg, args.alpha)
+        return maps_to_label(maps, size, args.bg, args.alpha)
 
     return from_png if args.pred else from_maps
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from tool import cli
-from tool.affinity import VOID, affinity_label
+from tool.affinity import affinity_label
 from tool.errors import DataError, UsageError
-from tool.maps import atomic_write, load_index_png, load_maps, voc_palette
+from tool.maps import VOID, atomic_write, load_index_png, load_maps, voc_palette
 from voc12.data import (
     Devkit,
     add_devkit_arguments,

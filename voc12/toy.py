@@ -24,14 +24,13 @@ from PIL import Image, ImageFilter
 
 from tool import cli
 from tool.errors import DataError, UsageError
-from tool.maps import atomic_write, save_index_png
+from tool.maps import VOID, atomic_write, save_index_png
 from voc12.data import VOC_CLASSES
 
 MIN_IMAGES = 2  # one to train on, one to validate on
 MIN_SIZE = 64  # below, a head is a few pixels
 VAL_STRIDE = 5  # every fifth image is a val image
 MARKER = "toy.json"  # tells a toy devkit from a folder that is somebody's work
-VOID = 255
 JPEG_QUALITY = 95
 
 # Lengths are shares of an image's long side, so that a scene looks alike at every size.
