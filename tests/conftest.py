@@ -22,7 +22,7 @@ settings.load_profile("affinitynet")
 
 def pytest_configure(config):
     # tool.random_walk silences it, but pytest starts each test with filters of its own.
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+    config.addinivalue_line("filterwarnings", "ignore:Sparse (CSR|CSC) tensor support is in beta")
 
 
 def pytest_collection_modifyitems(items):

@@ -98,6 +98,70 @@ def test_affinity_of_equal_features_is_one():
     assert torch.equal(pair_affinity(torch.full((1, 4, 7, 11), 2.5), 5), torch.ones(1, 34, 9))
 
 
+def _gathered(features, radius):
+    """The released code's way: the features of both cells of all pairs, gathered."""
+    sources, targets = pair_indices(*features.shape[-2:], radius)
+    cells = features.flatten(2)
+    return torch.exp(-(cells[..., targets] - cells[..., None, sources]).abs().mean(dim=1))
+
+
+@given(st.integers(1, 11), st.integers(1, 12), radii, st.integers(1, 3), st.integers(0, 99))
+def test_streamed_affinity_and_gradient_equal_the_gathered(height, width, radius, batch, seed):
+    values = np.random.default_rng(seed).normal(size=(batch, 4, height, width))
+    # Equal features too, where the distance has no derivative: both take 0.
+    features = torch.from_numpy(values.round(1)).requires_grad_()
+    weights = torch.from_numpy(
+        np.random.default_rng(seed).normal(size=_gathered(features, radius).shape)
+    )
+    results = []
+    for head in (pair_affinity, _gathered):
+        affinity = head(features, radius)
+        (gradient,) = torch.autograd.grad((affinity * weights).sum(), features)
+        results.append((affinity.detach(), gradient))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("full_graph", [False, True])
+def test_affinity_gradient_is_the_difference_quotient(full_graph):
+    values = np.random.default_rng(5).normal(size=(2, 3, 5, 6))
+    features = torch.from_numpy(values).requires_grad_()
+    torch.autograd.gradcheck(lambda x: pair_affinity(x, 3, full_graph), features)
+
+
+def test_affinity_under_autocast_is_computed_in_single_precision():
+    features = torch.randn(1, 64, 6, 10, generator=torch.Generator().manual_seed(3))
+    half = features.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        affinity = pair_affinity(half, 4)
+    torch.testing.assert_close(affinity, pair_affinity(half.float(), 4))
+    assert affinity.dtype == torch.float32
+    affinity.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert half.grad.isfinite().all()
+
+
+def test_affinity_can_be_compiled():
+    features = torch.randn(2, 8, 6, 10, generator=torch.Generator().manual_seed(3))
+    straight, compiled = features.clone().requires_grad_(), features.clone().requires_grad_()
+    # aot_eager traces forward and backward as a compiler would, and needs none installed.
+    head = torch.compile(pair_affinity, backend="aot_eager", fullgraph=True)
+    pair_affinity(straight, 3).sum().backward()
+    head(compiled, 3).sum().backward()
+    torch.testing.assert_close(compiled.grad, straight.grad)
+
+
+def test_full_graph_holds_the_same_affinities_and_those_at_the_border():
+    features = torch.randn(1, 6, 8, 13, generator=torch.Generator().manual_seed(0))
+    rows, columns = source_grid(8, 13, 5)
+    full = pair_affinity(features, 5, full_graph=True).view(1, 34, 8, 13)
+    inner = full[..., :rows, 4 : 4 + columns].flatten(2)
+    torch.testing.assert_close(inner, pair_affinity(features, 5))
+    for o, (dy, dx) in enumerate(pair_offsets(5)):
+        for y, x in product(range(8), range(13)):
+            on_grid = y + dy < 8 and 0 <= x + dx < 13
+            assert (full[0, o, y, x] > 0) == on_grid
+
+
 def test_affinity_is_symmetric_under_mirroring():
     # Offsets (dy > 0, dx) have their mirror image among themselves, and so have their sources.
     features = torch.randn(1, 6, 8, 13, generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ from helpers import (
 )
 from PIL import Image
 
+import infer_aff
 from tool.maps import (
     load_index_png,
     load_maps,
@@ -303,6 +304,8 @@ def test_another_seed_gives_other_weights(name, spoilable, done):
         ("infer_aff", "--alpha 1", "rw"),
         ("infer_aff", "--beta 1", "rw"),
         ("infer_aff", "--logt 0", "rw"),
+        ("infer_aff", "--full_graph", "rw"),
+        ("infer_aff", "--crf", "rw"),
     ],
 )
 def test_flags_of_inference_change_their_output_only(name, flags, folder, spoilable, done):
@@ -311,6 +314,46 @@ def test_flags_of_inference_change_their_output_only(name, flags, folder, spoila
     changed = {Path(path).parts[0] for path in before if before[path] != after[path]}
     # All outputs of stage 2 but the CAMs are made from the CAMs.
     assert changed == ({"cam", "la", "ha", "pred"} if folder == "cam" else {folder})
+
+
+def test_exact_walk_gives_the_same_labels(spoilable, done):
+    run_program(f"{COMMANDS['infer_aff']} --exact", spoilable).check()
+    for image_id in all_ids(done):
+        series, exact = (load_index_png(p / f"out/rw/{image_id}.png") for p in (done, spoilable))
+        assert (series == exact).mean() > 0.999
+
+
+def test_images_that_walk_together_get_the_same_labels(spoilable, done, monkeypatch):
+    monkeypatch.setitem(infer_aff.WALKS_AT_A_TIME, "cpu", 5)
+    run_program(COMMANDS["infer_aff"], spoilable).check()
+    assert contents(spoilable / "out" / "rw") == contents(done / "out" / "rw")
+
+
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_trace_draws_the_walk_of_the_chosen_images(chosen, spoilable):
+    ids = all_ids(spoilable)
+    words = f"--trace_ids {ids[1]} {ids[2]}" if chosen else ""
+    run_program(f"{COMMANDS['infer_aff']} --logt 3 --trace out/walks {words}", spoilable).check()
+    drawn = {path.stem for path in (spoilable / "out" / "walks").glob("*.png")}
+    assert drawn == (set(ids[1:3]) if chosen else {ids[0]})
+    for image_id in drawn:
+        with Image.open(spoilable / f"out/walks/{image_id}.gif") as film:
+            assert film.n_frames == 6  # the image, and 0, 1, 2, 4, 8 steps
+            width, height = film.size
+        with Image.open(spoilable / f"out/walks/{image_id}.png") as strip:
+            assert strip.size == (6 * width, height)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--trace_ids dot", ("--trace_ids", "--trace")),
+        ("--trace out/walks --trace_ids nobody", ("nobody", "all.txt")),
+        ("--trace out/rw", ("--out_rw", "different")),
+    ],
+)
+def test_trace_refuses_what_it_cannot_draw(flags, words, done):
+    run_program(f"{COMMANDS['infer_aff']} {flags}", done).assert_failed(2, *words)
 
 
 # Other data, other starts
@@ -486,7 +529,7 @@ BAD_NUMBERS = {
     "infer_aff": {
         **dict.fromkeys(("alpha", "beta"), REAL),
         "radius": WHOLE,
-        "logt": ("-1", "nan", "abc", "0.5"),
+        "logt": ("-1", "nan", "abc", "0.5", "21"),
     },
 }
 

@@ -6,13 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tool.affinity import pair_offsets, source_grid
+from tool.affinity import pair_affinity, pair_offsets, source_grid
 from tool.random_walk import (
+    TOLERANCE,
     background_map,
+    chebyshev_coefficients,
     pad_to_multiple,
     propagate,
-    random_walk_label,
+    propagate_together,
     transition_matrix,
+    upsample_scores,
+    walk_seeds,
+    walk_trace,
 )
 
 RADIUS = 5
@@ -28,6 +33,12 @@ def _affinity(height, width, radius, seed, low=0.2) -> torch.Tensor:
 
 def _maps(count, height, width, seed=0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).uniform(size=(count, height, width)))
+
+
+def _label(maps, transition, alpha, steps, stride=8):
+    """Stage 4 after the network: the label and the scores on the grid."""
+    scores = propagate(walk_seeds(maps, alpha, stride), transition, steps)
+    return upsample_scores(scores, maps.shape[-2:], stride).argmax(dim=0), scores
 
 
 def _dense_transition(affinity, height, width, radius, beta) -> np.ndarray:
@@ -83,25 +94,104 @@ def test_transition_without_affinity_stays_where_it_is():
     assert torch.equal(transition.to_dense(), torch.eye(70))
 
 
-def test_transition_keeps_dtype_of_the_affinity():
-    affinity = _affinity(7, 10, RADIUS, 0)
-    assert transition_matrix(affinity, 7, 10, RADIUS, 8).dtype == torch.float64
-    assert transition_matrix(affinity.float(), 7, 10, RADIUS, 8).dtype == torch.float32
+def test_transition_is_sparse_and_double():
+    transition = transition_matrix(_affinity(30, 40, RADIUS, 0).float(), 30, 40, RADIUS, 8)
+    assert transition.layout == torch.sparse_csc
+    assert transition.dtype == torch.float64
+    # The cell itself and 34 offsets in both directions.
+    assert transition.ccol_indices().diff().max() == 69
+    # The order of entries is built, not sorted: let PyTorch check that it is what CSC demands.
+    torch.sparse_csc_tensor(
+        transition.ccol_indices(),
+        transition.row_indices(),
+        transition.values(),
+        transition.shape,
+        check_invariants=True,
+    )
+
+
+@given(**walks, beta=st.sampled_from([1, 8]))
+def test_full_graph_joins_every_two_cells_within_the_radius(height, width, radius, seed, beta):
+    features = torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 3, height, width)))
+    affinity = pair_affinity(features, radius, full_graph=True)
+    transition = transition_matrix(affinity[0], height, width, radius, beta, full_graph=True)
+
+    y, x = np.divmod(np.arange(height * width), width)
+    near = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+    vectors = features.flatten(2)[0].numpy().T
+    distance = np.abs(vectors[:, None] - vectors).mean(axis=2)
+    matrix = np.where(near, np.exp(-distance) ** beta, 0)
+    np.testing.assert_allclose(transition.to_dense().numpy(), matrix / matrix.sum(axis=0))
 
 
 # ---- walk ----
 
 
-@given(**walks, logt=st.integers(0, 8))
-def test_walk_equals_the_power_of_the_dense_matrix(height, width, radius, seed, logt):
-    affinity = _affinity(height, width, radius, seed)
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 8, 64])
+def test_chebyshev_series_is_the_power(steps):
+    # NumPy's own conversion from powers is exact enough for these.
+    power = np.zeros(steps + 1)
+    power[steps] = 1
+    expected = np.polynomial.chebyshev.poly2cheb(power)
+    np.testing.assert_allclose(chebyshev_coefficients(steps, 0), expected, rtol=1e-9)
+
+
+@given(st.integers(0, 20), st.sampled_from([1e-2, 1e-4, TOLERANCE]))
+def test_truncated_series_keeps_its_promise_on_the_whole_interval(logt, tolerance):
+    coefficients = chebyshev_coefficients(2**logt, tolerance)
+    x = np.cos(np.linspace(0, np.pi, 999))
+    series = np.polynomial.chebyshev.chebval(x, coefficients)
+    # What is left out, and as much again for scaling the rest to sum to one.
+    assert np.abs(series - x ** (2**logt)).max() <= 2 * tolerance
+    assert sum(coefficients) == pytest.approx(1, abs=1e-12)
+    assert len(coefficients) <= 2**logt + 1
+    assert len(coefficients) <= np.sqrt(2 * 2**logt * np.log(2 / tolerance)) + 2
+
+
+@given(
+    **walks,
+    beta=st.sampled_from([0.5, 1, 4, 8, 50]),
+    logt=st.integers(0, 10),
+    low=st.sampled_from([0, 0.2, 0.99]),
+    spike=st.booleans(),
+)
+def test_walk_equals_the_power_of_the_dense_matrix(
+    height, width, radius, seed, beta, logt, low, spike
+):
+    affinity = _affinity(height, width, radius, seed, low).float()
     maps = _maps(3, height, width, seed)
-    actual = propagate(maps, transition_matrix(affinity, height, width, radius, 4), 2**logt)
-    dense = _dense_transition(affinity.numpy(), height, width, radius, 4)
-    for _ in range(logt):
-        dense = dense @ dense
+    if spike:
+        maps[0] = 0
+        maps[0, height // 2, width // 2] = 1
+    transition = transition_matrix(affinity, height, width, radius, beta)
+    dense = _dense_transition(affinity.double().numpy(), height, width, radius, beta)
+    dense = np.linalg.matrix_power(dense, 2**logt)
     expected = maps.flatten(1).numpy() @ dense
-    np.testing.assert_allclose(actual.flatten(1).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+    walked = propagate(maps.float(), transition, 2**logt).flatten(1).numpy()
+    difference = np.abs(walked - maps.float().flatten(1).double().numpy() @ dense).max(axis=1)
+    assert (difference <= 1e-5 * expected.max(axis=1)).all()
+    exact = propagate(maps, transition, 2**logt, tolerance=0).flatten(1).numpy()
+    np.testing.assert_allclose(exact, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 4)), min_size=1))
+def test_images_walk_together_as_they_walk_alone(images):
+    transitions = [transition_matrix(_affinity(h, w, 4, h), h, w, 4, 8) for h, w, _ in images]
+    seeds = [_maps(count, h, w, count) for h, w, count in images]
+    together = propagate_together(seeds, transitions, 32)
+    for walked, maps, transition in zip(together, seeds, transitions, strict=True):
+        torch.testing.assert_close(walked, propagate(maps, transition, 32))
+
+
+def test_trace_holds_the_scores_after_doubling_numbers_of_steps():
+    transition = transition_matrix(_affinity(9, 12, RADIUS, 2), 9, 12, RADIUS, 8)
+    seeds = _maps(2, 9, 12)
+    trace = walk_trace(seeds, transition, 4)
+    assert list(trace) == [0, 1, 2, 4, 8, 16]
+    for steps, scores in trace.items():
+        exact = propagate(seeds, transition, steps, tolerance=0)
+        torch.testing.assert_close(scores, exact, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 20), (20, 8), (1, 1), (3, 3)])
@@ -109,7 +199,8 @@ def test_walk_on_a_grid_without_sources_changes_nothing(height, width):
     affinity = torch.empty(34, 0, dtype=torch.float64)
     maps = _maps(2, height, width)
     transition = transition_matrix(affinity, height, width, RADIUS, 8)
-    assert torch.equal(propagate(maps, transition, 256), maps)
+    assert torch.equal(propagate(maps, transition, 256, tolerance=0), maps)
+    torch.testing.assert_close(propagate(maps, transition, 256), maps)
 
 
 def test_walk_leaves_cells_without_a_pair_as_they_are():
@@ -124,7 +215,7 @@ def test_walk_leaves_cells_without_a_pair_as_they_are():
     affinity = _affinity(height, width, RADIUS, 1)
     maps = _maps(2, height, width)
     walked = propagate(maps, transition_matrix(affinity, height, width, RADIUS, 1), 256)
-    assert torch.equal(walked[:, alone], maps[:, alone])
+    torch.testing.assert_close(walked[:, alone], maps[:, alone])
     assert (walked[:, ~alone] != maps[:, ~alone]).all()
 
 
@@ -135,8 +226,8 @@ def test_walk_stays_within_the_range_of_the_map_and_keeps_constants(height, widt
     maps = torch.cat([torch.full((1, height, width), 0.3).double(), _maps(2, height, width, seed)])
     walked = propagate(maps, transition, 64)
     torch.testing.assert_close(walked[0], maps[0])
-    assert (walked.amax(dim=(1, 2)) <= maps.amax(dim=(1, 2)) + 1e-12).all()
-    assert (walked.amin(dim=(1, 2)) >= maps.amin(dim=(1, 2)) - 1e-12).all()
+    assert (walked.amax(dim=(1, 2)) <= maps.amax(dim=(1, 2)) + 1e-5).all()
+    assert (walked.amin(dim=(1, 2)) >= maps.amin(dim=(1, 2)) - 1e-5).all()
 
 
 def test_walk_is_linear_and_treats_maps_separately():
@@ -154,9 +245,8 @@ def test_walk_in_two_parts_is_the_whole_walk():
     transition = transition_matrix(_affinity(9, 12, RADIUS, 2), 9, 12, RADIUS, 8)
     maps = _maps(2, 9, 12)
     assert torch.equal(propagate(maps, transition, 0), maps)
-    torch.testing.assert_close(
-        propagate(propagate(maps, transition, 5), transition, 11), propagate(maps, transition, 16)
-    )
+    in_parts = propagate(propagate(maps, transition, 5, 0), transition, 11, 0)
+    torch.testing.assert_close(in_parts, propagate(maps, transition, 16, 0))
 
 
 def test_walk_does_not_cross_affinity_zero():
@@ -175,7 +265,7 @@ def test_walk_does_not_cross_affinity_zero():
     transition = transition_matrix(
         torch.from_numpy(affinity.astype(np.float64)), height, width, RADIUS, 8
     )
-    torch.testing.assert_close(propagate(maps, transition, 256), maps)
+    torch.testing.assert_close(propagate(maps, transition, 256), maps, atol=1e-6, rtol=0)
 
 
 # ---- padding and label ----
@@ -198,12 +288,12 @@ def _bilinear_weights(cells, stride) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)))
 
 
-def test_random_walk_label_follows_its_definition_step_by_step():
+def test_label_follows_its_definition_step_by_step():
     height, width, grid = 51, 75, (7, 10)
     maps = 0.5 * _maps(2, height, width).float()
     affinity = _affinity(*grid, RADIUS, 5)
     transition = transition_matrix(affinity, *grid, RADIUS, 8)
-    label, scores = random_walk_label(maps, transition, alpha=4, steps=4, stride=8)
+    label, scores = _label(maps, transition, alpha=4, steps=4)
 
     stacked = np.zeros((3, 56, 80))  # padded with zeros, the background, too
     stacked[1:, :height, :width] = maps
@@ -216,28 +306,29 @@ def test_random_walk_label_follows_its_definition_step_by_step():
     rows, columns = (_bilinear_weights(cells, 8) for cells in grid)
     upsampled = np.einsum("yi,kij,xj->kyx", rows, expected.reshape(3, 7, 10), columns)
     assert (label.numpy() == upsampled.argmax(axis=0)[:height, :width]).mean() > 0.999
-    assert label.dtype == torch.uint8
     assert label.shape == (height, width)
     assert label.unique().tolist() == [0, 1, 2]
 
 
-def test_random_walk_label_upsamples_bilinearly_and_crops():
+def test_label_upsamples_bilinearly_and_crops():
     # Without sources the walk does nothing, so the label's border lies where two ramps cross.
     maps = torch.zeros(2, 8, 20)
     maps[0, :, :8] = 1
     maps[1, :, 8:] = 1
     transition = transition_matrix(torch.empty(34, 0), 1, 3, RADIUS, 8)
-    label, scores = random_walk_label(maps, transition, alpha=16, steps=256, stride=8)
+    label, scores = _label(maps, transition, alpha=16, steps=256)
     assert scores.shape == (3, 1, 3)
-    assert scores[:, 0, 2].tolist() == [0, 0, 0.5]  # half of the last cell is padding
+    assert scores[:, 0, 2].tolist() == pytest.approx(
+        [0, 0, 0.5]
+    )  # half of the last cell is padding
     assert label.shape == (8, 20)
     assert (label[:, :8] == 1).all()
     assert (label[:, 8:] == 2).all()
 
 
-def test_random_walk_label_without_classes_is_background():
+def test_label_without_classes_is_background():
     transition = transition_matrix(_affinity(7, 10, RADIUS, 0), 7, 10, RADIUS, 8)
-    label, scores = random_walk_label(torch.empty(0, 51, 75), transition, 16, 8, 8)
+    label, scores = _label(torch.empty(0, 51, 75), transition, 16, 8)
     assert scores.shape == (1, 7, 10)
     assert label.shape == (51, 75)
     assert (label == 0).all()

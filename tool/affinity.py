@@ -8,6 +8,7 @@ the last ``radius - 1`` rows and the first and last ``radius - 1`` columns are n
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tool.maps import VOID
 
@@ -56,17 +57,81 @@ def pair_indices(height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
     return sources, torch.stack(targets) if targets else sources.new_empty(0, len(sources))
 
 
-def pair_affinity(features: Tensor, radius: int) -> Tensor:
+def pair_affinity(features: Tensor, radius: int, full_graph: bool = False) -> Tensor:
     """exp(-mean over channels of |f_i - f_j|) for every pair (eq. 5).
 
-    Features B x C x h x w -> affinities B x offsets x sources, in 0..1.
+    Features B x C x h x w -> affinities B x offsets x sources, in 0..1, float32 (float64 where the
+    features are). With ``full_graph`` every cell is a source, h * w of them, and the affinity of a
+    pair that leaves the grid is 0. Gradients flow to the features, but not twice.
     """
-    sources = shifted_view(features, (0, 0), radius)
-    affinities = [
-        torch.exp(-(shifted_view(features, offset, radius) - sources).abs().mean(dim=1)).flatten(1)
-        for offset in pair_offsets(radius)
-    ]
-    return torch.stack(affinities, dim=1)
+    if features.dtype in (torch.float16, torch.bfloat16):
+        # A mean over hundreds of channels needs more digits, under autocast too.
+        features = features.float()
+    if not full_graph:
+        return _PairAffinity.apply(features, radius)
+    reach = radius - 1
+    around = (reach, reach, 0, reach)
+    inside = F.pad(features.new_ones(features.shape[-2:]), around)
+    inside = torch.stack(
+        [shifted_view(inside, offset, radius).flatten() for offset in pair_offsets(radius)]
+    )
+    return _PairAffinity.apply(F.pad(features, around), radius) * inside
+
+
+class _PairAffinity(torch.autograd.Function):
+    """Streams over the offsets by shifted views, with one difference of features at a time.
+
+    The two gathered tensors of all pairs' features never exist. For the gradient only the features
+    and the affinities are kept.
+    """
+
+    @staticmethod
+    def forward(features: Tensor, radius: int) -> Tensor:
+        offsets = pair_offsets(radius)
+        grid = source_grid(*features.shape[-2:], radius)
+        distance = features.new_empty(len(features), len(offsets), *grid)
+        for images in _portions(features):
+            part = features[images]
+            source = shifted_view(part, (0, 0), radius)
+            difference = torch.empty_like(source, memory_format=torch.contiguous_format)
+            for index, offset in enumerate(offsets):
+                torch.sub(shifted_view(part, offset, radius), source, out=difference)
+                distance[images, index] = difference.abs_().mean(dim=1)
+        return distance.neg_().exp_().flatten(2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        features, ctx.radius = inputs
+        ctx.save_for_backward(features, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_affinity: Tensor) -> tuple[Tensor, None]:
+        features, affinity = ctx.saved_tensors
+        radius, offsets = ctx.radius, pair_offsets(ctx.radius)
+        # By f_j, the derivative of exp(-mean |f_j - f_i|) is -exp(...) sign(f_j - f_i) / channels;
+        # by f_i it is the opposite.
+        slope = (grad_affinity * affinity).div_(-features.shape[1])
+        slope = slope.unflatten(2, source_grid(*features.shape[-2:], radius)).unsqueeze(2)
+        gradient = torch.zeros_like(features, memory_format=torch.contiguous_format)
+        for images in _portions(features):
+            part, part_gradient = features[images], gradient[images]
+            source = shifted_view(part, (0, 0), radius)
+            source_gradient = shifted_view(part_gradient, (0, 0), radius)
+            share = torch.empty_like(source, memory_format=torch.contiguous_format)
+            for index, offset in enumerate(offsets):
+                torch.sub(shifted_view(part, offset, radius), source, out=share)
+                share.sign_().mul_(slope[images, index])
+                shifted_view(part_gradient, offset, radius).add_(share)
+                source_gradient.sub_(share)
+        return gradient, None
+
+
+def _portions(features: Tensor) -> list[slice]:
+    """Which images to work on at a time: each alone in a CPU's cache, all of them on a GPU."""
+    if features.device.type == "cpu":
+        return [slice(image, image + 1) for image in range(len(features))]
+    return [slice(None)]
 
 
 def pair_labels(label: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:

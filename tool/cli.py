@@ -68,6 +68,11 @@ def pair_radius(text: str) -> int:
     return _number(text, int, lambda value: value >= 2, "a whole number of at least 2")
 
 
+def walk_exponent(text: str) -> int:
+    """argparse type: the logarithm of a number of steps that ends in a lifetime."""
+    return _number(text, int, lambda value: 0 <= value <= 20, "a whole number from 0 to 20")
+
+
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")

@@ -1,20 +1,32 @@
 """The random walk that spreads class maps along affinities (Sec. 3.3 of the paper, eq. 10 and 11).
 
-The released code raises a dense N x N matrix to its 2^logt-th power. Only its product with a few
-maps is wanted, and each column has at most 1 + 2 * offsets entries: so the matrix is kept sparse
-and the maps take 2^logt steps, which costs N instead of N^3.
+The released code raises a dense N x N matrix T to the 2^logt-th power. Only the product of that
+power with a few maps is wanted, so T stays sparse (at most 1 + 2 * offsets entries a column), and a
+power of T takes far fewer products than its exponent: T is similar to a symmetric matrix with
+eigenvalues in [-1, 1], on which x^n is, to any accuracy, a short series of Chebyshev polynomials
+(Sachdeva and Vishnoi, "Faster algorithms via approximation theory", 2014, theorem 3.3).
+
+It is computed in double precision. In single precision the rounding of T's entries, the same in
+every step, adds up over 256 steps to a few 1e-5, also in the dense form; double precision costs
+no more time here.
 """
 
 import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tool.affinity import pair_indices
+from tool.affinity import pair_offsets, source_grid
 
 # Products of CSR matrices and vectors are all that is used of what PyTorch calls a beta state.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
+
+# The part of the series' coefficients that may be left out (they sum to one). 256 steps take 84
+# products with it; the result is off by about half as much, relative to the largest score.
+TOLERANCE = 1e-6
 
 
 def background_map(maps: Tensor, alpha: float) -> Tensor:
@@ -25,44 +37,153 @@ def background_map(maps: Tensor, alpha: float) -> Tensor:
 
 
 def transition_matrix(
-    affinity: Tensor, height: int, width: int, radius: int, beta: float
+    affinity: Tensor,
+    height: int,
+    width: int,
+    radius: int,
+    beta: float,
+    full_graph: bool = False,
 ) -> Tensor:
     """T of eq. (10), sparse: affinities to the power beta, each column divided by its sum.
 
-    ``affinity`` is offsets x sources, of the pairs on a height x width grid; a pair counts in both
+    ``affinity`` is offsets x sources, of the pairs on a height x width grid, as
+    ``tool.affinity.pair_affinity`` gives them with the same ``full_graph``; a pair counts in both
     directions and every cell has affinity 1 with itself. Cells that are in no pair keep only
-    that. Returns N x N with N = height * width, CSR, on the affinity's device and of its dtype.
+    that. Returns N x N with N = height * width, CSC, float64, on the affinity's device.
     """
-    cells = height * width
-    sources, targets = (index.to(affinity.device) for index in pair_indices(height, width, radius))
-    sources = sources.expand_as(targets).reshape(-1)
-    targets = targets.reshape(-1)
-    diagonal = torch.arange(cells, device=affinity.device)
-    weight = affinity.reshape(-1) ** beta
+    offsets = pair_offsets(radius)
+    weights = affinity.double() ** beta
+    if not full_graph:
+        rows, columns = source_grid(height, width, radius)
+        left = min(radius - 1, width)
+        margins = (left, width - columns - left, 0, height - rows)
+        weights = F.pad(weights.view(len(offsets), rows, columns), margins)
+    return _column_stochastic(weights.view(len(offsets), height, width), offsets)
 
-    rows = torch.cat([sources, targets, diagonal])
-    columns = torch.cat([targets, sources, diagonal])
-    values = torch.cat([weight, weight, weight.new_ones(cells)])
-    column_sums = values.new_zeros(cells).index_add_(0, columns, values)
-    entries = torch.sparse_coo_tensor(
-        torch.stack([rows, columns]),
-        values / column_sums[columns],
-        (cells, cells),
+
+def _column_stochastic(weights: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+    """Symmetric weights, offsets x h x w at each pair's source, zero where there is no pair -> T.
+
+    Entries are laid out as cells x neighbours, a cell's neighbours in row-major order: that is
+    CSC's order, so nothing has to be sorted.
+    """
+    height, width = weights.shape[-2:]
+    device = weights.device
+    cells = torch.arange(height * width, device=device)
+    dy, dx = torch.tensor(offsets, device=device, dtype=torch.long).view(-1, 2, 1).unbind(1)
+    shift = dy * width + dx
+    # The pair that ends in a cell has its weight at the source, one offset before.
+    row, column = cells // width - dy, cells % width - dx
+    starts_on_grid = (row >= 0) & (column >= 0) & (column < width)
+    forward = weights.flatten(1)
+    backward = forward.gather(1, (cells - shift).clamp(0, len(cells) - 1)) * starts_on_grid
+
+    itself = forward.new_ones(1, len(cells))
+    entries = torch.cat([backward.flip(0), itself, forward]).t()
+    neighbours = cells + torch.cat([-shift.flip(0), torch.zeros_like(shift[:1]), shift])
+    present = entries != 0
+    ends = F.pad(present.sum(dim=1).cumsum(0), (1, 0))
+    entries = entries / entries.sum(dim=1, keepdim=True)
+    # 32-bit indices are what the sparse libraries compute with; others are converted every time.
+    return torch.sparse_csc_tensor(
+        ends.int(),
+        neighbours.t()[present].int(),
+        entries[present],
+        (len(cells), len(cells)),
         check_invariants=False,
     )
-    return entries.coalesce().to_sparse_csr()
 
 
-def propagate(maps: Tensor, transition: Tensor, steps: int) -> Tensor:
+def chebyshev_coefficients(steps: int, tolerance: float) -> list[float]:
+    """c_0, c_1, ... with x^steps = sum of c_k T_k(x) on [-1, 1], up to ``tolerance``.
+
+    The coefficients of x^n are 2^(1-n) binomial(n, (n-k)/2) for k of n's parity, half of that for
+    k = 0, and zero otherwise. They are positive and sum to one, so what is left out bounds the
+    error; what is kept is scaled to sum to one again.
+    """
+    degrees = np.arange(steps % 2, steps + 1, 2)
+    # Each coefficient over the one before. From the middle of the binomials outwards, nothing
+    # overflows.
+    ratios = (steps - degrees[:-1]) / (steps + degrees[:-1] + 2)
+    kept = np.concatenate([[1.0], np.cumprod(ratios)])
+    if steps % 2 == 0:
+        kept[0] /= 2
+    kept /= kept.sum()
+    left_out = np.cumsum(kept[::-1])[::-1]
+    kept = kept[: max(1, np.count_nonzero(left_out > tolerance))]
+    coefficients = np.zeros(degrees[len(kept) - 1] + 1)
+    coefficients[degrees[: len(kept)]] = kept / kept.sum()
+    return coefficients.tolist()
+
+
+def propagate(maps: Tensor, transition: Tensor, steps: int, tolerance: float = TOLERANCE) -> Tensor:
     """M T^steps: each map (a row of M) after that many steps of the walk, eq. (11).
 
-    ``maps`` is K x h x w with h * w = N, ``transition`` is N x N; returns K x h x w.
+    ``maps`` is K x h x w with h * w = N, ``transition`` is N x N; returns K x h x w, float64. The
+    error is at most about ``tolerance``, relative to the largest score; 0 takes every step.
     """
-    transposed = transition.to_sparse_coo().t().coalesce().to_sparse_csr()
-    vectors = maps.flatten(1).t().contiguous()
-    for _ in range(steps):
-        vectors = transposed @ vectors
-    return vectors.t().reshape(maps.shape)
+    return propagate_together([maps], [transition], steps, tolerance)[0]
+
+
+def propagate_together(
+    map_sets: Sequence[Tensor],
+    transitions: Sequence[Tensor],
+    steps: int,
+    tolerance: float = TOLERANCE,
+) -> list[Tensor]:
+    """``propagate`` for several images as one system: on CUDA, small products cost only launches.
+
+    Images may differ in size and in their number of maps.
+    """
+    columns = max(len(maps) for maps in map_sets)
+    vectors = [F.pad(maps.flatten(1).t(), (0, columns - len(maps))) for maps in map_sets]
+    # A step gives each cell a mean of its neighbours: rows of the transposed matrix sum to one.
+    averaging = _block_diagonal(transitions).t()
+    walked = _power(averaging, torch.cat(vectors).to(averaging.dtype), steps, tolerance)
+    parts = walked.split([len(part) for part in vectors])
+    return [
+        part[:, : len(maps)].t().reshape(maps.shape)
+        for part, maps in zip(parts, map_sets, strict=True)
+    ]
+
+
+def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:
+    """CSC matrices -> the CSC matrix that has them on its diagonal."""
+    if len(matrices) == 1:
+        return matrices[0]
+    ends, rows, entries, first_cell = [matrices[0].ccol_indices()[:1]], [], [], 0
+    for matrix in matrices:
+        ends.append(matrix.ccol_indices()[1:] + sum(len(part) for part in entries))
+        rows.append(matrix.row_indices() + first_cell)
+        entries.append(matrix.values())
+        first_cell += len(matrix)
+    return torch.sparse_csc_tensor(
+        torch.cat(ends),
+        torch.cat(rows),
+        torch.cat(entries),
+        (first_cell, first_cell),
+        check_invariants=False,
+    )
+
+
+def _power(matrix: Tensor, vectors: Tensor, steps: int, tolerance: float) -> Tensor:
+    """matrix^steps @ vectors, N x K."""
+    if tolerance == 0:
+        for _ in range(steps):
+            vectors = matrix @ vectors
+        return vectors
+    coefficients = chebyshev_coefficients(steps, tolerance)
+    result = coefficients[0] * vectors
+    if len(coefficients) == 1:
+        return result
+    # T_0(x) = 1, T_1(x) = x, T_(k+1)(x) = 2 x T_k(x) - T_(k-1)(x)
+    previous, current = vectors, matrix @ vectors
+    result += coefficients[1] * current
+    for coefficient in coefficients[2:]:
+        previous, current = current, torch.addmm(previous, matrix, current, beta=-1, alpha=2)
+        if coefficient:
+            result.add_(current, alpha=coefficient)
+    return result
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -71,21 +192,31 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
-def random_walk_label(
-    maps: Tensor, transition: Tensor, alpha: float, steps: int, stride: int
-) -> tuple[Tensor, Tensor]:
-    """Stage 4 after the network: class maps -> background, pooled, walked, upsampled, argmax.
+def walk_trace(seeds: Tensor, transition: Tensor, logt: int) -> dict[int, Tensor]:
+    """{steps: scores, of the seeds' shape K x h x w} after 0, 1, 2, 4, ... 2^logt steps."""
+    scores = propagate(seeds, transition, 1)
+    trace = {0: seeds, 1: scores}
+    for power in range(logt):
+        # As many steps again as have been taken.
+        scores = propagate(scores, transition, 2**power)
+        trace[2 ** (power + 1)] = scores
+    return trace
 
-    ``maps`` is K x H x W, float32, the classes that are present, in order. Returns the label, uint8
-    H x W of *local* indices (0 background, k the k-th map), and the scores on the grid,
-    (K + 1) x ceil(H/stride) x ceil(W/stride).
+
+def walk_seeds(maps: Tensor, alpha: float, stride: int) -> Tensor:
+    """What the walk starts from: the background and the class maps, pooled to the feature grid.
+
+    ``maps`` is K x H x W, the classes that are present; returns
+    (K + 1) x ceil(H/stride) x ceil(W/stride), the background first.
     """
-    height, width = maps.shape[-2:]
     scores = torch.cat([background_map(maps, alpha)[None], maps])
     # Zeros are padded behind the background map, too, as the released code does.
-    scores = F.avg_pool2d(pad_to_multiple(scores, stride)[None], stride)[0]
-    scores = propagate(scores.to(transition.dtype), transition, steps)
+    return F.avg_pool2d(pad_to_multiple(scores, stride)[None], stride)[0]
+
+
+def upsample_scores(scores: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Scores on the grid, maps x h x w, to the image's ``size`` H x W: float32, bilinear."""
     upsampled = F.interpolate(
-        scores[None], scale_factor=stride, mode="bilinear", align_corners=False
+        scores.float()[None], scale_factor=stride, mode="bilinear", align_corners=False
     )[0]
-    return upsampled.argmax(dim=0)[:height, :width].to(torch.uint8), scores
+    return upsampled[:, : size[0], : size[1]]

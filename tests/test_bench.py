@@ -1,0 +1,57 @@
+"""The benchmarks measure what they say; how long it took is not for tests."""
+
+import json
+
+import pytest
+import torch
+from helpers import REPOSITORY, run_program
+
+from tool.bench import Contest, measure, peak_megabytes
+
+KEYS = {"baseline_s", "ours_s", "speedup", "baseline_peak_mb", "ours_peak_mb", "max_rel_diff"}
+CPU = torch.device("cpu")
+WALK = ["random_walk", "--height", "12", "--width", "15"]
+AFFINITY = ["affinity", "--height", "12", "--width", "14", "--channels", "16", "--batch", "2"]
+
+
+@pytest.mark.parametrize("command", [WALK, [*WALK, "--estimate_baseline"], AFFINITY])
+def test_benchmark_compares_equals_and_says_so(command, tmp_path):
+    figures_file = tmp_path / "figures.json"
+    words = " ".join([*command, "--repeats", "2", "--device", "cpu", "--json", str(figures_file)])
+    outcome = run_program(f"tool.bench {words}", REPOSITORY).check()
+    figures = json.loads(figures_file.read_text())
+    assert set(figures) - {"baseline_rel_diff"} == KEYS
+    assert 0 <= figures["max_rel_diff"] < 1e-5
+    assert figures["speedup"] == pytest.approx(figures["baseline_s"] / figures["ours_s"])
+    assert f"{figures['speedup']:.1f} x" in outcome.out
+    assert ("estimated" in outcome.out) == ("--estimate_baseline" in command)
+
+
+def test_estimated_baseline_counts_all_its_parts_and_ours_is_compared_with_the_exact():
+    calls = []
+    contest = Contest(
+        baseline=lambda: calls.append("baseline") or [torch.zeros(2)],
+        ours=lambda: calls.append("ours") or [torch.tensor([1.0, 3.0])],
+        baseline_parts=1000,
+        reference=lambda: [torch.tensor([1.0, 4.0])],
+    )
+    figures = measure(contest, 3, CPU)
+    assert calls == ["baseline", "ours"] * 4  # taking turns, the first of each not timed
+    assert figures["max_rel_diff"] == 0.25
+    assert "baseline_rel_diff" not in figures
+
+
+def test_peak_memory_is_that_of_the_call():
+    # Twice, since the allocator may have some of the first at hand from before.
+    held = [torch.ones(16 * 2**20) for _ in range(2)]
+    peak = peak_megabytes(lambda: [torch.ones(64 * 2**20).sum() for _ in range(2)], CPU)
+    assert 200 < peak < 400
+    del held
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [("tool.bench", "BENCHMARK"), ("tool.bench random_walk --height 0", "--height")],
+)
+def test_benchmark_refuses_nonsense(command, word):
+    run_program(command, REPOSITORY).assert_failed(2, word)
