@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tool import cli
 from tool.affinity import pair_affinity
 from tool.crf import dense_crf
-from tool.distributed import choose_device, seed_torch
+from tool.distributed import choose_device, seed_generators
 from tool.errors import UsageError
 from tool.loading import load, single
 from tool.maps import save_index_png
@@ -170,7 +170,7 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    seed_torch(args.seed)
+    seed_generators(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)

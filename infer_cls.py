@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
 from tool.crf import background_and_maps, dense_crf
-from tool.distributed import choose_device, seed_torch
+from tool.distributed import choose_device, seed_generators
 from tool.errors import UsageError
 from tool.loading import load, single
 from tool.maps import save_index_png, save_maps
@@ -108,7 +108,7 @@ def check_output_folders(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check_output_folders(args)
     device = choose_device(args.device)
-    seed_torch(args.seed)
+    seed_generators(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     print(devkit.require_labelled_images(ids))

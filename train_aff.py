@@ -5,32 +5,48 @@ VGG-16, as published (lr 0.1; take 0.01 and network.resnet38_aff for ResNet-38):
         --voc12_root VOC2012 --network network.vgg16_aff --weights vgg16_20M.pth --wt_dec 5e-4
         --la_crf_dir LA --ha_crf_dir HA
 
-Writes <session_name>.pth and <session_name>.log. LA and HA are what infer_cls.py wrote to
---out_la_crf and --out_ha_crf. Training starts from ImageNet weights, as stage 1 does.
+Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
+    torchrun --nproc_per_node=4 train_aff.py --lr 0.1 ...
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
+        train_aff.py --lr 0.1 ...
+
+Writes <session_name>.pth, .log and .csv. A run that was killed goes on from <session_name>.ckpt
+when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_crf and
+--out_ha_crf. Training starts from ImageNet weights, as stage 1 does.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from tool import cli
 from tool.affinity import affinity_loss, pair_labels, source_grid
-from tool.distributed import choose_device, seed_torch
-from tool.errors import UsageError
-from tool.loading import load, shuffled
-from tool.training import (
-    SessionLog,
-    add_training_arguments,
-    build_optimizer,
-    make_schedule,
-    save_weights,
-    session_name,
-    train_one_epoch,
+from tool.checkpoint import digest, digest_files
+from tool.distributed import (
+    StopSignals,
+    autocast,
+    choose_device,
+    process_group,
+    seed_generators,
+    set_rounding,
+    sum_over_ranks,
 )
-from tool.weights import load_for_training
+from tool.errors import UsageError
+from tool.loading import load_epochs
+from tool.training import (
+    Training,
+    add_training_arguments,
+    make_schedule,
+    remaining_batches,
+    session_name,
+)
+from tool.weights import FRESH, load_for_training
 from voc12.data import (
     AffinityTrainingSet,
+    Devkit,
     add_devkit_arguments,
     open_devkit,
     read_ids,
@@ -60,21 +76,30 @@ def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
         )
 
 
-def main(args: argparse.Namespace) -> None:
-    if Path(args.la_crf_dir).resolve() == Path(args.ha_crf_dir).resolve():
-        raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
-    device = choose_device(args.device)
-    session = session_name(args)
-    seed_torch(args.seed)
+def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) -> dict[str, str]:
+    """What the files hold that the flags name; a checkpoint of other contents is not continued."""
+    return {
+        "train_list": digest(*train_ids),
+        "classes": digest(*devkit.class_names),
+        "voc12_root": digest_files(map(devkit.image_path, train_ids)),
+        "la_crf_dir": digest_files(Path(args.la_crf_dir, f"{i}.npy") for i in train_ids),
+        "ha_crf_dir": digest_files(Path(args.ha_crf_dir, f"{i}.npy") for i in train_ids),
+        "weights": args.weights if args.weights == FRESH else digest_files([args.weights]),
+    }
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    session_name(args)
+    set_rounding(device, args)
+    seed_generators(args.seed)
     devkit = open_devkit(args)
     train_ids = read_ids(args.train_list)
     schedule = make_schedule(len(train_ids), args)
 
     net = args.network.Net(radius=args.radius)
     check_crop_size(args.crop_size, net.stride, args.radius)
-    loaded: list[str] = []
-    load_for_training(net, args.weights, loaded.append)
-    net.to(device)
+    notes: list[str] = []
+    load_for_training(net, args.weights, notes.append)
     train_set = AffinityTrainingSet(
         devkit,
         train_ids,
@@ -85,29 +110,35 @@ def main(args: argparse.Namespace) -> None:
         net.stride,
         args.seed,
     )
-    optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
     devkit.require_images(train_ids)
     require_files(args.la_crf_dir, train_ids, ".npy", "infer_cls.py --out_la_crf makes them")
     require_files(args.ha_crf_dir, train_ids, ".npy", "infer_cls.py --out_ha_crf makes them")
-
-    log = SessionLog(f"{session}.log", args.seed, device)
-    log.say("\n".join(loaded))
-    log.say(f"images: {len(train_ids)} to train on")
+    notes.append(f"images: {len(train_ids)} to train on")
+    contents = digests(args, devkit, train_ids)
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, labels = (tensor.to(device) for tensor in batch)
-        return affinity_loss(net(images), *pair_labels(labels, args.radius))
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        with autocast(device, args.amp):
+            affinities = net(images)
+        # The means are over the pairs of the whole batch, of which this rank has a share.
+        return affinity_loss(affinities, *pair_labels(labels, args.radius), sum_over_ranks)
 
-    for epoch in range(schedule.epochs):
-        train_set.epoch = epoch
-        order = shuffled(len(train_set), args.seed, epoch)
-        batches = load(train_set, order, args.batch_size, args.num_workers, drop_last=True)
-        losses = train_one_epoch(net, batches, losses_of, optimizer, schedule, epoch)
-        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        log.say(f"epoch {epoch + 1}/{schedule.epochs}: {parts}")
+    with StopSignals() as stop:
+        training = Training(args, net, schedule, device, stop, contents, notes)
+        order = remaining_batches(schedule, args.seed, training.position.step)
+        batches = load_epochs(train_set, order, args.num_workers)
+        for _ in range(training.position.epoch, schedule.epochs):
+            losses = training.train_epoch(batches, losses_of)
+            training.end_epoch(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        training.finish()
 
-    save_weights(f"{session}.pth", net)
-    log.say(f"weights written to {session}.pth")
+
+def main(args: argparse.Namespace) -> None:
+    if Path(args.la_crf_dir).resolve() == Path(args.ha_crf_dir).resolve():
+        raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
+    device = choose_device(args.device)
+    with process_group(device):
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -7,34 +7,51 @@ ResNet-38, as published:
     python3 train_cls.py --lr 0.01 --batch_size 16 --max_epoches 15 --crop_size 448
         --network network.resnet38_cls --voc12_root VOC2012 --weights rna-a1.pth --wt_dec 5e-4
 
-Writes <session_name>.pth and <session_name>.log. The lists come from python3 -m voc12.prepare.
+Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
+    torchrun --nproc_per_node=4 train_cls.py --lr 0.1 ...
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
+        train_cls.py --lr 0.1 ...
+
+Writes <session_name>.pth, .log and .csv. A run that was killed goes on from <session_name>.ckpt
+when its command is repeated. The lists come from python3 -m voc12.prepare.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tool import cli
-from tool.distributed import choose_device, seed_torch
+from tool.checkpoint import digest, digest_files
+from tool.distributed import (
+    StopSignals,
+    autocast,
+    choose_device,
+    is_main,
+    process_group,
+    seed_generators,
+    set_rounding,
+    share,
+    sum_over_ranks,
+)
 from tool.errors import UsageError
-from tool.loading import load, shuffled
+from tool.loading import load, load_epochs
 from tool.training import (
-    SessionLog,
+    Training,
     add_training_arguments,
-    build_optimizer,
     diverged,
     make_schedule,
-    save_weights,
+    remaining_batches,
     session_name,
-    train_one_epoch,
 )
-from tool.weights import load_for_training
+from tool.weights import FRESH, load_for_training
 from voc12.data import (
     ClassifierTrainingSet,
     ClassifierValidationSet,
+    Devkit,
     add_devkit_arguments,
     open_devkit,
     read_ids,
@@ -64,71 +81,98 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def classification_losses(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """images B x 3 x H x W, labels B x classes -> the multilabel soft margin loss."""
-    return {"loss": F.multilabel_soft_margin_loss(net(images), labels)}
+def classification_loss(
+    net: nn.Module, images: Tensor, labels: Tensor, device: torch.device, amp: str | None
+) -> Tensor:
+    """images B x 3 x H x W, labels B x classes -> the multilabel soft margin loss, a scalar."""
+    with autocast(device, amp):
+        logits = net(images.to(device, non_blocking=True))
+    return F.multilabel_soft_margin_loss(logits.float(), labels.to(device, non_blocking=True))
 
 
 @torch.no_grad()
 def validate(
-    net: nn.Module, dataset: ClassifierValidationSet, args: argparse.Namespace, device: torch.device
+    net: nn.Module,
+    dataset: ClassifierValidationSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    stop: StopSignals,
 ) -> float:
-    """The mean loss over the images."""
+    """The mean loss over the images, of which each rank sees a share; cut short by a signal."""
     net.eval()
-    total = 0.0
-    batches = load(dataset, range(len(dataset)), args.batch_size, args.num_workers)
-    with cli.progress(None, "validation", total=len(dataset)) as bar:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    own = share(range(len(dataset)))
+    batches = load(dataset, own, args.batch_size, args.num_workers)
+    with cli.progress(None, "validation", total=len(own), disable=not is_main()) as bar:
         for images, labels in batches:
-            losses = classification_losses(net, images.to(device), labels.to(device))
-            total += losses["loss"].item() * len(images)
+            if stop.received:
+                break
+            total += classification_loss(net, images, labels, device, args.amp) * len(images)
             bar.update(len(images))
-    return total / len(dataset)
+    return sum_over_ranks(total).item() / len(dataset)
+
+
+def digests(
+    args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]
+) -> dict[str, str]:
+    """What the files hold that the flags name; a checkpoint of other contents is not continued."""
+    ids = [*train_ids, *val_ids]
+    return {
+        "train_list": digest(*train_ids),
+        "val_list": digest(*val_ids),
+        "classes": digest(*devkit.class_names),
+        "label_file": digest(*(devkit.image_label(image_id).tobytes() for image_id in ids)),
+        "voc12_root": digest_files(map(devkit.image_path, ids)),
+        "weights": args.weights if args.weights == FRESH else digest_files([args.weights]),
+    }
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    session_name(args)
+    set_rounding(device, args)
+    seed_generators(args.seed)
+    devkit = open_devkit(args)
+    train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
+    schedule = make_schedule(len(train_ids), args)
+
+    net = args.network.Net(num_classes=len(devkit.class_names))
+    notes: list[str] = []
+    load_for_training(net, args.weights, notes.append)
+    train_set = ClassifierTrainingSet(
+        devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
+    )
+    val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
+    labels = devkit.require_labelled_images([*train_ids, *val_ids])
+    notes.append(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}")
+    contents = digests(args, devkit, train_ids, val_ids)
+
+    def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        images, labels = batch
+        loss = classification_loss(net, images, labels, device, args.amp)
+        # The batch's loss is a mean over its images, of which this rank has a share.
+        return {"loss": loss * (len(images) / args.batch_size)}
+
+    with StopSignals() as stop:
+        training = Training(args, net, schedule, device, stop, contents, notes)
+        order = remaining_batches(schedule, args.seed, training.position.step)
+        batches = load_epochs(train_set, order, args.num_workers)
+        for epoch in range(training.position.epoch, schedule.epochs):
+            losses = training.train_epoch(batches, losses_of)
+            val_loss = validate(net, val_set, args, device, stop)
+            training.leave_if_stopped()
+            if not math.isfinite(val_loss):
+                raise diverged(f"the validation loss is not finite after epoch {epoch + 1}")
+            training.records.plot(training.position.step, {"validation loss": val_loss})
+            training.end_epoch(f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}")
+        training.finish()
 
 
 def main(args: argparse.Namespace) -> None:
     if args.resize_long[0] > args.resize_long[1]:
         raise UsageError("--resize_long: MIN is larger than MAX.")
     device = choose_device(args.device)
-    session = session_name(args)
-    seed_torch(args.seed)
-    devkit = open_devkit(args)
-    train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
-    schedule = make_schedule(len(train_ids), args)
-
-    net = args.network.Net(num_classes=len(devkit.class_names))
-    loaded: list[str] = []
-    load_for_training(net, args.weights, loaded.append)
-    net.to(device)
-    train_set = ClassifierTrainingSet(
-        devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
-    )
-    val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
-    optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
-    labels = devkit.require_labelled_images([*train_ids, *val_ids])
-
-    log = SessionLog(f"{session}.log", args.seed, device)
-    log.say("\n".join(loaded))
-    log.say(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}")
-
-    def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, labels = batch
-        return classification_losses(net, images.to(device), labels.to(device))
-
-    for epoch in range(args.max_epoches):
-        train_set.epoch = epoch
-        order = shuffled(len(train_set), args.seed, epoch)
-        batches = load(train_set, order, args.batch_size, args.num_workers, drop_last=True)
-        losses = train_one_epoch(net, batches, losses_of, optimizer, schedule, epoch)
-        val_loss = validate(net, val_set, args, device)
-        if not math.isfinite(val_loss):
-            raise diverged(f"the validation loss is not finite after epoch {epoch + 1}")
-        log.say(
-            f"epoch {epoch + 1}/{args.max_epoches}: loss {losses['loss']:.4f}, "
-            f"validation loss {val_loss:.4f}"
-        )
-
-    save_weights(f"{session}.pth", net)
-    log.say(f"weights written to {session}.pth")
+    with process_group(device):
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ class AffinityHead(_Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images B x 3 x H x W -> affinities B x offsets x sources, in 0..1, eq. (5)."""
-        return pair_affinity(self.forward_features(x), self.radius)
+        # In float32 under autocast, too: the loss takes logarithms near 0 and 1.
+        return pair_affinity(self.forward_features(x).float(), self.radius)
 
 
 class GroupNormAffinityHead(AffinityHead):

@@ -1,6 +1,8 @@
 """Loader processes hand on batches in order, and a bad file as one clear error."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tool.errors import DataError
-from tool.loading import load, shuffled, single
+from tool.loading import load, load_epochs, shuffled, single
 
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
 
@@ -49,12 +51,52 @@ def test_batches_follow_the_order(num_workers):
     assert batches == [[6, 0, 3], [1, 5, 2], [4]]
 
 
+class Epochs(Numbers):
+    """Item k of epoch e is 100 e + k."""
+
+    epoch = 0
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) + 100 * self.epoch
+
+
 @each_number_of_workers
-def test_short_last_batch_can_be_dropped(num_workers):
-    assert _lists(load(Numbers(7), range(7), 3, num_workers, drop_last=True)) == [
-        [0, 1, 2],
-        [3, 4, 5],
-    ]
+def test_each_sample_is_of_the_epoch_asked_for(num_workers):
+    batches = [[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]]
+    loaded = _lists(load_epochs(Epochs(3), iter(batches), num_workers))
+    assert loaded == [[2, 1], [0, 102], [100]]
+
+
+@each_number_of_workers
+def test_error_of_an_epoch_arrives_clean(num_workers):
+    batches = load_epochs(Epochs(3, {1: _refuse}), [[(0, 0)], [(0, 1)]], num_workers)
+    assert next(batches).tolist() == [0]
+    with pytest.raises(DataError, match=r"^1\.jpg: not a readable image; replace it\.$"):
+        next(batches)
+
+
+@each_number_of_workers
+def test_loading_leaves_the_random_numbers_of_torch_alone(num_workers):
+    before = torch.get_rng_state()
+    list(load(Numbers(4), range(4), 2, num_workers))
+    list(load_epochs(Epochs(4), [[(0, 1)]], num_workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Pids(Dataset):
+    def __getitem__(self, index):
+        return torch.tensor(os.getpid())
+
+
+def test_loader_processes_stay_over_epochs_and_bear_the_signals_of_their_parent():
+    batches = load_epochs(Pids(), [[(epoch, 0)] for epoch in range(20)], 1)
+    pids = [int(next(batches))]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pids[0], number)
+    pids += [int(batch) for batch in batches]
+    assert set(pids) == {pids[0]}
+    assert len(pids) == 20
+    assert pids[0] != os.getpid()
 
 
 @each_number_of_workers

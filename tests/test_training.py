@@ -1,25 +1,28 @@
-"""Optimizer, schedule, one epoch and the session's log, on a network of four numbers."""
+"""Optimizer, schedule, the loop and what it writes, on a network of four numbers."""
 
 import argparse
+import csv
 import math
+import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tool.errors import DataError
+from tool.distributed import StopSignals
+from tool.errors import DataError, Interrupted
+from tool.loading import shuffled
 from tool.training import (
     Schedule,
-    SessionLog,
+    Training,
     add_training_arguments,
     build_optimizer,
     make_schedule,
+    remaining_batches,
     save_weights,
     session_name,
     set_poly_lr,
-    train_one_epoch,
 )
 
 LR, DECAY = 0.1, 5e-4
@@ -42,10 +45,24 @@ def _losses_of(net, batch):
     return {"loss": batch * total, "half": batch * total.detach() / 2}
 
 
-def _train(net, batches, optimizer=None, epoch=0, epochs=1):
-    optimizer = optimizer or build_optimizer(net, LR, DECAY)
-    schedule = Schedule(num_images=2 * len(batches), batch_size=2, epochs=epochs)
-    return train_one_epoch(net, batches, _losses_of, optimizer, schedule, epoch)
+@pytest.fixture
+def training(tmp_path):
+    """``training(net, steps_per_epoch, epochs, flags)``: a run on the CPU, session ``run``."""
+
+    def start(net, steps, epochs=1, flags=""):
+        parser = argparse.ArgumentParser()
+        add_training_arguments(parser, batch_size=2, epochs=epochs, crop_size=8)
+        words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
+        args = parser.parse_args(words)
+        schedule = Schedule(2 * steps, args.batch_size, epochs)
+        device = torch.device("cpu")
+        return Training(args, net, schedule, device, StopSignals(), {}, ["a note"])
+
+    return start
+
+
+def _batches(*values):
+    return iter([torch.tensor(value) for value in values])
 
 
 # ---- optimizer and learning rate ----
@@ -83,9 +100,9 @@ def test_learning_rate_falls_by_the_power_0_9(step):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
 
 
-def test_two_steps_equal_sgd_by_hand():
+def test_two_steps_equal_sgd_by_hand(training):
     net = FourGroups()
-    _train(net, [torch.tensor(0.5), torch.tensor(-0.25)])
+    training(net, 2).train_epoch(_batches(0.5, -0.25), _losses_of)
 
     for value, rate, decay in zip(net.values, RATES, (DECAY, 0, DECAY, 0), strict=True):
         expected, velocity = 1.0, 0.0
@@ -111,7 +128,7 @@ def test_schedule_of_a_list_smaller_than_a_batch_is_a_data_error():
     assert make_schedule(8, args) == Schedule(8, 8, 2)
 
 
-def test_arguments_default_to_the_method(monkeypatch):
+def test_arguments_default_to_the_method():
     parser = argparse.ArgumentParser()
     add_training_arguments(parser, batch_size=8, epochs=3, crop_size=448)
     args = parser.parse_args(["--weights", "none"])
@@ -125,55 +142,123 @@ def test_session_is_named_after_the_network_unless_named():
     assert session_name(argparse.Namespace(session_name="mine", network=network)) == "mine"
 
 
+def test_batches_follow_the_order_of_their_epoch():
+    schedule = Schedule(num_images=7, batch_size=2, epochs=3)
+    batches = list(remaining_batches(schedule, seed=3, step=0))
+    assert len(batches) == schedule.max_step
+    for epoch in range(3):
+        expected = [(epoch, index) for index in shuffled(7, 3, epoch)[:6]]
+        found = [pair for batch in batches[3 * epoch : 3 * epoch + 3] for pair in batch]
+        assert found == expected
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_batches_after_a_step_are_the_rest(step):
+    schedule = Schedule(num_images=7, batch_size=2, epochs=3)
+    rest = list(remaining_batches(schedule, 3, 0))[step:]
+    assert list(remaining_batches(schedule, 3, step)) == rest
+
+
 # ---- an epoch ----
 
 
-def test_epoch_returns_the_mean_of_each_loss():
-    net = FourGroups()
-    optimizer = build_optimizer(net, 1e-12, 0)  # hardly moves
-    means = _train(net, [torch.tensor(b) for b in (1.0, 2.0, 6.0)], optimizer)
+def test_epoch_returns_the_mean_of_each_loss(training):
+    run = training(FourGroups(), 3, flags="--lr 1e-12 --wt_dec 0 --log_every 2")  # hardly moves
+    means = run.train_epoch(_batches(1.0, 2.0, 6.0), _losses_of)
     assert means == pytest.approx({"loss": 3 * 4, "half": 3 * 2}, rel=1e-5)
 
 
-def test_learning_rate_goes_on_from_epoch_to_epoch():
-    net = FourGroups()
-    optimizer = build_optimizer(net, LR, DECAY)
+def test_learning_rate_goes_on_from_epoch_to_epoch(training):
+    run = training(FourGroups(), 4, epochs=3)
     rates = []
-    optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
-    for epoch in range(3):
-        _train(net, [torch.tensor(0.1)] * 4, optimizer, epoch, epochs=3)
+    run.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
+    batches = _batches(*[0.1] * 12)
+    for _ in range(3):
+        run.train_epoch(batches, _losses_of)
+        run.end_epoch("")
     assert rates == pytest.approx([LR * (1 - step / 12) ** 0.9 for step in range(12)])
+    assert next(batches, None) is None
 
 
-def test_epoch_puts_the_network_into_training_mode():
-    net = FourGroups().eval()
+def test_epoch_puts_the_network_into_training_mode(training):
     modes = []
 
     def losses_of(net, batch):
         modes.append(net.training)
         return _losses_of(net, batch)
 
-    train_one_epoch(
-        net, [torch.tensor(1.0)], losses_of, build_optimizer(net, LR, DECAY), Schedule(1, 1, 1), 0
-    )
+    training(FourGroups().eval(), 1).train_epoch(_batches(1.0), losses_of)
     assert modes == [True]
 
 
+@pytest.mark.parametrize("log_every", [1, 2, 100])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_loss_that_is_not_finite_stops_with_its_parts_and_the_step(bad):
-    net = FourGroups()
-    before = []
+def test_loss_that_is_not_finite_stops_with_its_parts_and_the_step(bad, log_every, training):
+    run = training(FourGroups(), 3, epochs=2, flags=f"--log_every {log_every} --lr 1e-6")
+    run.train_epoch(_batches(0.01, 0.01, 0.01), _losses_of)
+    run.end_epoch("")
+    before = run.checkpoint.read_bytes()
+    with pytest.raises(DataError, match=rf"step 5 \(loss {bad}, half {bad}\)"):
+        run.train_epoch(_batches(0.01, bad, 0.01), _losses_of)
+    assert run.checkpoint.read_bytes() == before
 
-    def batches():
-        yield torch.tensor(0.01)
-        before.extend(value.item() for value in net.values)
-        yield torch.tensor(bad)
 
-    schedule = Schedule(num_images=2, batch_size=1, epochs=3)
-    optimizer = build_optimizer(net, LR, DECAY)
-    with pytest.raises(DataError, match=rf"step 3 \(loss {bad}, half {bad}\)"):
-        train_one_epoch(net, batches(), _losses_of, optimizer, schedule, epoch=1)
-    assert [value.item() for value in net.values] == before
+def test_checkpoint_is_not_written_after_a_loss_that_is_not_finite(training):
+    run = training(FourGroups(), 3, flags="--save_every 1")
+    with pytest.raises(DataError, match="step 1 "):
+        run.train_epoch(_batches(math.nan, 0.01, 0.01), _losses_of)
+    assert not run.checkpoint.exists()
+
+
+def test_losses_are_read_every_few_steps_only(training, monkeypatch):
+    reads = []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(len(x)) or read(x))
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("a step waits for its loss"))
+    run = training(FourGroups(), 10, flags="--log_every 4 --lr 1e-6")
+    run.train_epoch(_batches(*[0.1] * 10), _losses_of)
+    assert reads == [4, 4, 2]
+
+
+def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):
+    run = training(FourGroups(), 5, epochs=2, flags="--log_every 3 --lr 1e-12 --wt_dec 0")
+    batches = _batches(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
+    for _ in range(2):
+        run.train_epoch(batches, _losses_of)
+        run.end_epoch("")
+    with open(f"{run.session}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "5", "6", "9", "10"]
+    assert [row["epoch"] for row in rows] == ["1", "1", "2", "2", "2"]
+    batch_means = [2.0, 4.5, 6.0, 8.0, 10.0]
+    assert [float(row["loss"]) for row in rows] == pytest.approx([4 * mean for mean in batch_means])
+    assert [float(row["half"]) for row in rows] == pytest.approx([2 * mean for mean in batch_means])
+    rates = [1e-12 * (1 - (step - 1) / 10) ** 0.9 for step in (3, 5, 6, 9, 10)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(rates)
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+
+
+def test_signal_ends_after_the_step_with_a_checkpoint(training):
+    run = training(FourGroups(), 3)
+
+    def losses_of(net, batch):
+        run.stop.received = signal.SIGTERM
+        return _losses_of(net, batch)
+
+    with pytest.raises(Interrupted, match=r"run\.ckpt .* step 1 of 3") as interrupted:
+        run.train_epoch(_batches(0.1, 0.1, 0.1), losses_of)
+    assert interrupted.value.signal_number == signal.SIGTERM
+    assert training(FourGroups(), 3).position.step == 1
+
+
+def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path):
+    run = training(FourGroups(), 2, epochs=2, flags="--lr 1e-6")
+    for _ in range(2):
+        run.train_epoch(_batches(0.1, 0.1), _losses_of)
+        run.end_epoch("")
+        assert run.checkpoint.exists()
+    run.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
 
 
 # ---- what is written ----
@@ -194,31 +279,3 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(DataError, match=r"values\.2 is not finite.*no weights were written.*--lr"):
         save_weights(tmp_path / "net.pth", net)
     assert list(tmp_path.iterdir()) == []
-
-
-def _write_log(path, seed):
-    log = SessionLog(path, seed, torch.device("cpu"))
-    log.say("epoch 1/2: loss 0.5")
-    log.say("epoch 2/2: loss 0.25")
-    return path.read_text()
-
-
-def test_logs_of_equal_runs_are_equal(tmp_path):
-    first = _write_log(tmp_path / "a" / "s.log", 3)
-    assert _write_log(tmp_path / "b" / "s.log", 3) == first
-    assert _write_log(tmp_path / "a" / "s.log", 3) == first  # an old log is replaced
-    assert _write_log(tmp_path / "a" / "s.log", 4) != first
-
-
-def test_log_names_command_versions_seed_and_says_what_it_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_cls.py", "--session_name", "two words"])
-    text = _write_log(tmp_path / "s.log", 3)
-    for part in (
-        "train_cls.py --session_name 'two words'\n",
-        f"torch {torch.__version__}",
-        f"numpy {np.__version__}",
-        "seed: 3, device: cpu",
-        "\nepoch 1/2: loss 0.5\nepoch 2/2: loss 0.25\n",
-    ):
-        assert part in text
-    assert capsys.readouterr().out == "epoch 1/2: loss 0.5\nepoch 2/2: loss 0.25\n"

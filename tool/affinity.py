@@ -5,6 +5,8 @@ A pair is (source, source + offset). Pair tensors are B x offsets x sources, off
 the last ``radius - 1`` rows and the first and last ``radius - 1`` columns are none.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -149,24 +151,28 @@ def pair_labels(label: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def affinity_loss(
-    affinity: Tensor, background: Tensor, foreground: Tensor, negative: Tensor
+    affinity: Tensor,
+    background: Tensor,
+    foreground: Tensor,
+    negative: Tensor,
+    sum_over_shares: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> dict[str, Tensor]:
     """Cross entropy, averaged over each kind of pairs in the whole batch (eq. 6 to 9).
 
-    All arguments are B x offsets x sources. Returns the scalars ``loss``, ``bg``, ``fg``, ``neg``;
-    loss = bg / 4 + fg / 4 + neg / 2.
+    The four tensors are B x offsets x sources. Returns the scalars ``loss``, ``bg``, ``fg``,
+    ``neg``; loss = bg / 4 + fg / 4 + neg / 2. Where B images are only a share of the batch,
+    ``sum_over_shares`` turns their counts of pairs (int64 [3]) into the whole batch's; the scalars
+    of all shares then add up to those of the whole.
     """
+    kinds = (background, foreground, negative)
+    counts = sum_over_shares(torch.stack([kind.sum() for kind in kinds]))
     alike = -torch.log(affinity + EPSILON)
     unlike = -torch.log(1 + EPSILON - affinity)
-    bg = _mean_over(alike, background)
-    fg = _mean_over(alike, foreground)
-    neg = _mean_over(unlike, negative)
+    bg, fg, neg = (
+        (kind.to(values.dtype) * values).sum() / (count.to(values.dtype) + EPSILON)
+        for kind, values, count in zip(kinds, (alike, alike, unlike), counts, strict=True)
+    )
     return {"loss": bg / 4 + fg / 4 + neg / 2, "bg": bg, "fg": fg, "neg": neg}
-
-
-def _mean_over(values: Tensor, selected: Tensor) -> Tensor:
-    selected = selected.to(values.dtype)
-    return (selected * values).sum() / (selected.sum() + EPSILON)
 
 
 def affinity_label(low_alpha_scores: Tensor, high_alpha_scores: Tensor, stride: int) -> Tensor:

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
-from tool.errors import DataError, UsageError
+from tool.errors import DataError, Interrupted, UsageError
 
 EXIT_DATA, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+# A shell's exit code of a program that a signal ended: this and the signal's number.
+EXIT_SIGNAL = 128
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
     """Parse the command line, call ``main(args)`` and turn a foreseen failure into one sentence.
 
-    Exit codes: 0 done, 1 the data cannot be used, 2 the command line cannot, 130 interrupted.
+    Exit codes: 0 done, 1 the data cannot be used, 2 the command line cannot, 130 interrupted,
+    143 ended by SIGTERM between two steps.
     An unforeseen exception keeps its traceback: it is a bug to report.
     """
     args = parser.parse_args()
@@ -33,6 +36,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         place = error.filename2 or error.filename
         reason = error.strerror or str(error)
         _leave(f"error: {place}: {reason}." if place else f"error: {reason}.", EXIT_DATA)
+    except Interrupted as error:
+        _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
     except KeyboardInterrupt:
         _leave("interrupted: finished files are kept.", EXIT_INTERRUPTED)
 
@@ -162,6 +167,28 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, help="same seed, same result on a CPU"
+    )
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """The switches that gain time and change rounding; all are off by default."""
+    parser.add_argument(
+        "--amp",
+        choices=("bf16", "fp16"),
+        help="compute convolutions in 16 bits: faster and half the memory on recent GPUs, bf16 "
+        "also on CPUs with AVX-512; results differ in the third digit (default: 32 bits)",
+    )
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let GPUs from Ampere on round the factors of convolutions to 10 bits: faster, and "
+        "results differ in the fourth digit",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network with torch.compile: a minute or more at the start, then faster "
+        "steps; needs a C++ compiler; results differ by rounding",
     )
 
 

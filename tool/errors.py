@@ -1,4 +1,4 @@
-"""The two ways in which a program ends on purpose."""
+"""The ways in which a program ends on purpose before it is done."""
 
 
 class DataError(Exception):
@@ -7,3 +7,11 @@ class DataError(Exception):
 
 class UsageError(Exception):
     """A command line that cannot be carried out: one sentence that names the flag."""
+
+
+class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
+    """A signal asked the program to end: one sentence that says what is kept."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number

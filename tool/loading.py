@@ -1,12 +1,13 @@
 """Loader processes that pass on a bad file as one clear error instead of a worker's traceback."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tool.distributed import ignore_stop_signals
 from tool.errors import DataError
 
 
@@ -16,10 +17,7 @@ class _Reporting(Dataset):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         try:
             return self.dataset[index]
         except DataError as error:
@@ -37,26 +35,53 @@ class _ReportingCollate:
         return self.collate(samples)
 
 
+class _AnyEpoch(Dataset):
+    """Takes (epoch, index): processes that have an old copy of a dataset must be told its epoch."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        self.dataset.epoch, index = key
+        return self.dataset[index]
+
+
 def load(
     dataset: Dataset,
     order: Sequence[int],
     batch_size: int,
     num_workers: int,
     collate: Callable = default_collate,
-    drop_last: bool = False,
 ) -> Iterator[Any]:
     """The dataset's samples in the given order, in batches, through ``num_workers`` processes.
 
     Raises the DataError of a sample, or of a worker that was killed (by the memory limit, say).
     """
+    batches = (order[k : k + batch_size] for k in range(0, len(order), batch_size))
+    return _load(dataset, batches, num_workers, collate)
+
+
+def load_epochs(
+    dataset: Dataset, batches: Iterable[Sequence[tuple[int, int]]], num_workers: int
+) -> Iterator[Any]:
+    """As ``load``, over several epochs: batches are lists of (epoch, index).
+
+    The dataset's ``epoch`` is set before each sample. The processes stay from the first batch to
+    the last, and fetch the next epoch's batches while the program is busy between two epochs.
+    """
+    return _load(_AnyEpoch(dataset), batches, num_workers, default_collate)
+
+
+def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callable) -> Iterator:
     loader = DataLoader(
         _Reporting(dataset),
-        batch_size=batch_size,
-        sampler=order,
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_ReportingCollate(collate),
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
+        # Without one of its own, it would draw from the generator that dropout draws from.
+        generator=torch.Generator(),
     )
     try:
         for batch in loader:

@@ -8,6 +8,7 @@ and strings, and nothing else.
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
+import glob
 import math
 import os
 import pickle
@@ -23,6 +24,8 @@ from PIL import Image
 from tool.errors import DataError
 
 NUM_PALETTE_COLOURS = 256
+# Where a file grows until it is complete, from its name and a random word.
+TEMPORARY_NAME = ".{}.{}.tmp"
 # The label of pixels that count for nothing, in every index image (VOC's "void").
 VOID = 255
 
@@ -37,7 +40,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(TEMPORARY_NAME.format(path.name, secrets.token_hex(4)))
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -47,6 +50,16 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what an ``atomic_write`` to that path left behind because its process was killed.
+
+    Nobody may be writing there at the time.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(TEMPORARY_NAME.format(glob.escape(path.name), "*")):
+        leftover.unlink()
 
 
 def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:

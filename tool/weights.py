@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such weight file; --weights {FRESH} starts without one.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: refused, because it is damaged or holds more than tensors "
-            "(torch.load with weights_only=True does not read it)."
-        ) from error
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable weight file ({reason}).") from error
+    content = load_tensors(path, "weight file")
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -49,6 +41,23 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise DataError(f"{path}: holds more than names and tensors, so it is no state dict.")
     return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_tensors(path: str | os.PathLike, kind: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors, plain containers, numbers and strings.
+
+    Raises DataError, with the ``kind`` of file, if it is damaged or wants to execute anything.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: refused, because it is damaged or holds more than tensors "
+            "(torch.load with weights_only=True does not read it)."
+        ) from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a readable {kind} ({reason}).") from error
 
 
 def describe(names: Mapping) -> str:

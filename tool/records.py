@@ -1,0 +1,112 @@
+"""What a training leaves behind besides weights: a log for people, a table for plots."""
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tool.distributed import is_main, world_size
+from tool.errors import UsageError
+
+# Whose versions, besides PyTorch's, can change a training's numbers.
+PACKAGES = ("torchvision", "numpy", "pillow")
+
+
+def describe_run(seed: int, device: torch.device) -> list[str]:
+    """The log's first lines: command, versions, hardware, seed."""
+    gpu = f"; {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return [
+        f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}",
+        # torch's own name of its version tells the build, too (+cpu, +cu...)
+        f"versions: python {platform.python_version()}, torch {torch.__version__}, "
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        f"hardware: {_processor()}, {os.cpu_count()} cores{gpu}",
+        f"seed: {seed}, device: {device}, threads: {torch.get_num_threads()}, "
+        f"processes: {world_size()}",
+    ]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():  # on Linux, where platform.processor() often says nothing
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class Records:
+    """``<session>.log`` for people, ``<session>.csv`` for plots, TensorBoard's files on request.
+
+    The log holds neither times nor dates: two runs of the same command and seed have equal logs.
+    Of the table, only images_per_second depends on the machine. Ranks but the first write nothing.
+    """
+
+    def __init__(self, session: str, head: list[str], tensorboard: str | None = None):
+        self.head = head
+        self.texts = {"log": "", "csv": ""}
+        self._paths = {kind: Path(f"{session}.{kind}") for kind in self.texts}
+        self._tensorboard = _summary_writer(tensorboard) if tensorboard else None
+
+    def start(self) -> None:
+        """Begin both files, in place of older ones."""
+        self._replace({"log": "".join(f"{line}\n" for line in self.head), "csv": ""})
+
+    def resume(self, texts: Mapping[str, str], step: int) -> None:
+        """Put both files back to what ``texts`` was after a step; what was added since then goes.
+
+        The log says so, and where the head of this run differs from that of the one before.
+        """
+        news = [line for line in self.head if line not in texts["log"].splitlines()]
+        self._replace(texts)
+        self.say("\n".join([f"resumed after step {step}", *(f"resumed {line}" for line in news)]))
+
+    def say(self, message: str) -> None:
+        """Write a line to the log and to stdout."""
+        if is_main():
+            print(message, flush=True)
+            self._append("log", message)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row to the table: the step, then the values, always the same ones in that order."""
+        if not is_main():
+            return
+        if not self.texts["csv"]:
+            self._append("csv", ",".join(["step", *values]))
+        self._append("csv", ",".join(f"{value:.7g}" for value in (step, *values.values())))
+        self.plot(step, values)
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Show values in TensorBoard, where that was asked for."""
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def _replace(self, texts: Mapping[str, str]) -> None:
+        self.texts = dict(texts)
+        if is_main():
+            for kind, path in self._paths.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(texts[kind], "utf-8")
+
+    def _append(self, kind: str, line: str) -> None:
+        self.texts[kind] += line + "\n"
+        with open(self._paths[kind], "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _summary_writer(folder: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            f"--tensorboard {folder}: the package tensorboard is not installed "
+            "(pip install tensorboard); the .csv has the same numbers."
+        ) from error
+    return SummaryWriter(folder) if is_main() else None
