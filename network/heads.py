@@ -129,8 +129,7 @@ class AffinityHead(_Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images B x 3 x H x W -> affinities B x offsets x sources, in 0..1, eq. (5)."""
-        # In float32 under autocast, too: the loss takes logarithms near 0 and 1.
-        return pair_affinity(self.forward_features(x).float(), self.radius)
+        return pair_affinity(self.forward_features(x), self.radius)
 
 
 class GroupNormAffinityHead(AffinityHead):
