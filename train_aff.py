@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tool import cli
-from tool.affinity import affinity_loss, pair_labels, source_grid
+from tool.affinity import affinity_loss, pair_labels
 from tool.checkpoint import digest, digest_files
 from tool.distributed import (
     StopSignals,
@@ -39,6 +39,7 @@ from tool.loading import load_epochs
 from tool.training import (
     Training,
     add_training_arguments,
+    check_crop_size,
     make_schedule,
     remaining_batches,
     session_name,
@@ -63,17 +64,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ha_crf_dir", required=True, help="CRF scores with the high alpha")
     cli.add_radius_argument(parser)
     return parser
-
-
-def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
-    """Raise UsageError where a crop would not divide into cells or would have no pairs."""
-    if crop_size % stride:
-        raise UsageError(f"--crop_size {crop_size}: must be a multiple of {stride}.")
-    if 0 in source_grid(crop_size // stride, crop_size // stride, radius):
-        raise UsageError(
-            f"--crop_size {crop_size}: too small for pairs within --radius {radius}; "
-            f"take at least {stride * (2 * radius - 1)}."
-        )
 
 
 def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) -> dict[str, str]:

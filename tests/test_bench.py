@@ -27,6 +27,35 @@ def test_benchmark_compares_equals_and_says_so(command, tmp_path):
     assert ("estimated" in outcome.out) == ("--estimate_baseline" in command)
 
 
+STEP = "tool.bench step --batch 2 --crop_size 72 --num_workers 0 --repeats 2 --device cpu"
+PARTS = ("loading_s", "forward_s", "backward_s", "optimizer_s", "step_s")
+
+
+@pytest.mark.parametrize("network", ["tiny_cls", "network.tiny_aff"])
+@pytest.mark.parametrize("switches", ["", "--amp bf16"])
+def test_step_is_split_into_parts_and_beside_one_without_switches(network, switches, tmp_path):
+    figures_file = tmp_path / "figures.json"
+    command = f"{STEP} --network {network} {switches} --json {figures_file}"
+    outcome = run_program(command, REPOSITORY).check()
+    figures = json.loads(figures_file.read_text())
+    sides = ("baseline_", "") if switches else ("",)
+    for side in sides:
+        parts = [figures.pop(side + part) for part in PARTS]
+        assert all(seconds > 0 for seconds in parts)
+        assert max(parts[:-1]) < parts[-1]
+        assert figures.pop(f"{side}images_per_second") == pytest.approx(2 / parts[-1])
+    assert set(figures) == ({"speedup"} if switches else set())
+    for part in PARTS:
+        assert f"\n{part.removesuffix('_s')} " in outcome.out
+    assert ("baseline" in outcome.out) == bool(switches)
+
+
+def test_step_refuses_nonsense():
+    command = f"{STEP} --network tiny_aff --crop_size 70"
+    run_program(command, REPOSITORY).assert_failed(2, "--crop_size 70")
+    run_program(f"{STEP} --network os", REPOSITORY).assert_failed(2, "--network", "'os'")
+
+
 def test_estimated_baseline_counts_all_its_parts_and_ours_is_compared_with_the_exact():
     calls = []
     contest = Contest(

@@ -2,12 +2,14 @@
 
     python3 -m tool.bench random_walk --height 47 --width 63
     python3 -m tool.bench affinity --height 56 --width 56 --channels 448 --batch 8 --json aff.json
+    python3 -m tool.bench step --network vgg16_aff --batch 8 --amp bf16
 
-Baseline and ours take turns in one process; the times are medians. The peak memory of each is that
-of a fresh child process, above what it held when its inputs were ready. ``max_rel_diff`` is the
-largest difference of the two results, relative to the largest value of the baseline's; where the
-baseline's own rounding would hide ours, both are compared with the same computation in double
-precision, and ``baseline_rel_diff`` is the baseline's difference.
+``step`` says where the time of a training step goes. In the others, baseline and ours take turns in
+one process; the times are medians. The peak memory of each is that of a fresh child process, above
+what it held when its inputs were ready. ``max_rel_diff`` is the largest difference of the two
+results, relative to the largest value of the baseline's; where the baseline's own rounding would
+hide ours, both are compared with the same computation in double precision, and
+``baseline_rel_diff`` is the baseline's difference.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from torch import Tensor
 
 from tool import cli
 from tool.affinity import pair_affinity, pair_indices, pair_offsets, source_grid
-from tool.distributed import choose_device
+from tool.bench_step import add_step_arguments, step
+from tool.distributed import choose_device, wait_for
 from tool.maps import atomic_write
 from tool.random_walk import propagate, transition_matrix
 
@@ -73,11 +76,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--width", type=cli.positive_int, default=56, help="columns of the feature grid")
     add("--channels", type=cli.positive_int, default=448, help="channels of the features")
     add("--batch", type=cli.positive_int, default=8, help="images")
+
+    add = _benchmark(benchmarks, "step", step, "a training step of a network, by parts")
+    add_step_arguments(add)
+    cli.add_speed_arguments(benchmarks.choices["step"])
     return parser
 
 
 def _benchmark(benchmarks, name: str, function: Callable, text: str) -> Callable:
-    """Add a benchmark's parser with the flags that all have; returns its ``add_argument``."""
+    """Add a benchmark's parser with the flags that all have; returns its ``add_argument``.
+
+    ``function(args, device)`` gives a Contest, or measures by itself and gives the figures.
+    """
     parser = benchmarks.add_parser(
         name, help=text, description=function.__doc__, formatter_class=cli.help_formatter
     )
@@ -170,7 +180,7 @@ def measure(contest: Contest, repeats: int, device: torch.device) -> dict[str, f
         for side, seconds in times.items():
             start = time.perf_counter()
             results[side] = getattr(contest, side)()
-            _wait_for(device)
+            wait_for(device)
             if turn:
                 seconds.append(time.perf_counter() - start)
     baseline_s = statistics.median(times["baseline"]) * contest.baseline_parts
@@ -188,11 +198,6 @@ def _largest_difference(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -
         ((tensor - wanted).abs().max() / wanted.abs().max()).item()
         for tensor, wanted in zip(tensors, expected, strict=True)
     )
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
@@ -244,20 +249,27 @@ def report(figures: dict[str, float], contest: Contest) -> None:
         print(f"the baseline's own, from double precision {figures['baseline_rel_diff']:.1e}")
 
 
+def hold(contest: Contest, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Times, difference and peak memory of a contest, also printed."""
+    figures = measure(contest, args.repeats, device)
+    figures["baseline_peak_mb"] = _peak_in_child("baseline")
+    figures["ours_peak_mb"] = _peak_in_child("ours")
+    report(figures, contest)
+    return figures
+
+
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    contest = args.function(args, device)
+    if not args.peak_of:
+        print(describe_machine(device))
+    result = args.function(args, device)
     if args.peak_of:
-        print(peak_megabytes(getattr(contest, args.peak_of), device))
+        print(peak_megabytes(getattr(result, args.peak_of), device))
         return
-    print(describe_machine(device))
-    figures = measure(contest, args.repeats, device)
-    figures["baseline_peak_mb"] = _peak_in_child("baseline")
-    figures["ours_peak_mb"] = _peak_in_child("ours")
-    report(figures, contest)
+    figures = hold(result, args, device) if isinstance(result, Contest) else result
     if args.json:
         with atomic_write(args.json) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())

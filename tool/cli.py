@@ -113,6 +113,11 @@ def affinity_network(name: str):
     return _network(name, "forward_features", "AffinityNet (..._aff)")
 
 
+def any_network(name: str):
+    """argparse type: the module of a classifier or an AffinityNet."""
+    return affinity_network(name) if name.endswith("_aff") else classifier(name)
+
+
 def _network(name: str, method: str, wanted: str):
     # Only modules of the package ``network`` are imported: a flag must not import just anything.
     package, _, module = name.rpartition(".")
@@ -188,7 +193,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="compile the network with torch.compile: a minute or more at the start, then faster "
-        "steps; needs a C++ compiler; results differ by rounding",
+        "steps; needs a C++ compiler; results differ by rounding and in what dropout drops",
     )
 
 

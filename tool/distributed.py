@@ -84,6 +84,23 @@ def set_rounding(device: torch.device, args: Any) -> None:
     torch.backends.cudnn.benchmark = True
 
 
+def place(net: nn.Module, device: torch.device, args: Any) -> nn.Module:
+    """The network on its device, compiled with ``--compile``."""
+    # Tensor cores want the channels last; plain float32 convolutions do not gain from it.
+    on_tensor_cores = device.type == "cuda" and (args.amp or args.tf32)
+    layout = torch.channels_last if on_tensor_cores else torch.preserve_format
+    net.to(device, memory_format=layout)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
     """Where a network is run: convolutions compute in ``--amp``'s type, in float32 without it."""
     return torch.autocast(device.type, AMP_DTYPES[amp]) if amp else nullcontext()

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tool import cli
+from tool.affinity import source_grid
 from tool.checkpoint import find_checkpoint, read_checkpoint, settings_of, write_checkpoint
 from tool.distributed import (
     StopSignals,
     data_parallel,
     gather,
     is_main,
+    place,
     random_states,
     rank,
     restore_random_states,
@@ -106,6 +108,17 @@ def session_name(args: argparse.Namespace) -> str:
         if Path(name + suffix).is_dir():
             raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
     return name
+
+
+def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
+    """Raise UsageError where AffinityNet's crops would not divide into cells or have no pairs."""
+    if crop_size % stride:
+        raise UsageError(f"--crop_size {crop_size}: must be a multiple of {stride}.")
+    if 0 in source_grid(crop_size // stride, crop_size // stride, radius):
+        raise UsageError(
+            f"--crop_size {crop_size}: too small for pairs within --radius {radius}; "
+            f"take at least {stride * (2 * radius - 1)}."
+        )
 
 
 def build_optimizer(
@@ -218,12 +231,7 @@ class Training:
         self.session = session_name(args)
         self.checkpoint = Path(f"{self.session}.ckpt")
         self.settings = settings_of(args, contents)
-        # Tensor cores want the channels last; plain float32 convolutions do not gain from it.
-        on_tensor_cores = device.type == "cuda" and (args.amp or args.tf32)
-        net.to(
-            device,
-            memory_format=torch.channels_last if on_tensor_cores else torch.preserve_format,
-        )
+        place(net, device, args)
         self.optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
         # float16 has so small a range that gradients must be scaled; otherwise this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -239,8 +247,6 @@ class Training:
             self._resume(read_checkpoint(found, self.settings))
         else:
             self._start(notes)
-        if args.compile:
-            net.compile()
         self.model = data_parallel(net, device)
 
     def _start(self, notes: list[str]) -> None:
