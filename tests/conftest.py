@@ -72,6 +72,15 @@ def seeded_net(request):
     return net.eval()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes with a single thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def golden_voc():
     """The devkit of three images that the command-line numbers were computed from."""

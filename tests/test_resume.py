@@ -28,13 +28,8 @@ COMMANDS = {name: f"{command} {FLAGS}" for name, command in TINY_TRAINING.items(
 each_program = pytest.mark.parametrize("name", COMMANDS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the forked processes: sums of several threads' parts are rounded otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As in the forked processes: the parts of several threads' sums are rounded otherwise.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
