@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +90,8 @@ class Pids(Dataset):
 def test_loader_processes_stay_over_epochs_and_bear_the_signals_of_their_parent():
     batches = load_epochs(Pids(), [[(epoch, 0)] for epoch in range(20)], 1)
     pids = [int(next(batches))]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(pids[0], number)
+    for number in ("-INT", "-TERM"):  # from somebody else, as torchrun's
+        subprocess.run(["kill", number, str(pids[0])], check=True)
     pids += [int(batch) for batch in batches]
     assert set(pids) == {pids[0]}
     assert len(pids) == 20
@@ -148,6 +147,27 @@ def test_worker_that_dies_is_a_data_error():
         check=True,
     )
     assert re.search(r"loader process died.*--num_workers", done.stdout), done.stderr
+
+
+ABANDONED = """
+from tool.loading import load
+batches = load([0, 1, 2, 3], range(4), 1, num_workers=2)
+print(int(next(batches)), flush=True)
+raise KeyError("what was not foreseen")
+"""
+
+
+def test_program_that_fails_does_not_wait_for_its_loader_processes():
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "0\n")
+    assert "KeyError" in done.stderr
 
 
 def test_single_gives_the_only_sample():

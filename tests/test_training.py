@@ -1,8 +1,10 @@
 """Optimizer, schedule, the loop and what it writes, on a network of four numbers."""
 
 import argparse
+import builtins
 import csv
 import math
+import os
 import signal
 import sys
 
@@ -271,6 +273,18 @@ def test_weights_come_back_as_they_were(tmp_path):
     assert list(state) == list(net.state_dict())
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_full_disk_is_named_and_leaves_the_old_weights(tmp_path, monkeypatch):
+    path = tmp_path / "net.pth"
+    path.write_text("old")
+    real = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda _, mode: real("/dev/full", mode.replace("x", "w")))
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(path, nn.Conv2d(3, 4, 1))
+    monkeypatch.undo()
+    assert path.read_text() == "old"
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):

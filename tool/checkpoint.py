@@ -6,18 +6,14 @@ and the settings that decide the run's numbers, so that no other run goes on fro
 
 import argparse
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tool.distributed import gather
 from tool.errors import DataError
-from tool.maps import atomic_write
-from tool.weights import load_tensors
+from tool.weights import load_tensors, save_tensors
 
 FORMAT = "AffinityNet training, 1"
 # Flags that say where and how a training runs, not what comes of it.
@@ -79,11 +75,7 @@ def find_checkpoint(resume: str, path: Path) -> Path | None:
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write the content (plain containers, numbers, text and tensors), whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    # Not by torch.save itself, whose error on a full disk does not say so.
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, {"format": FORMAT, **content})
 
 
 def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:

@@ -274,9 +274,3 @@ class StopSignals:
         number = torch.tensor(self.received)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
-
-
-def ignore_stop_signals(_: int = 0) -> None:
-    """For loader processes, which get the signals of their group: their parent ends them."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

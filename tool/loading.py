@@ -1,5 +1,8 @@
 """Loader processes that pass on a bad file as one clear error instead of a worker's traceback."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -7,8 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tool.distributed import ignore_stop_signals
 from tool.errors import DataError
+
+# Linux can; macOS and Windows cannot.
+CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")
 
 
 class _Reporting(Dataset):
@@ -79,12 +84,12 @@ def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callab
         num_workers=num_workers,
         collate_fn=_ReportingCollate(collate),
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=_obey_parent_alone,
         # Without one of its own, it would draw from the generator that dropout draws from.
         generator=torch.Generator(),
     )
     try:
-        for batch in loader:
+        for batch in _start(loader):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -93,6 +98,34 @@ def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callab
             raise
         reason = str(error).splitlines()[0]
         raise DataError(f"a loader process died ({reason}); try fewer --num_workers.") from error
+
+
+# torchrun, a terminal and Slurm send SIGINT or SIGTERM to all processes of a program, but a program
+# needs its loaders until the step in hand is over. So they obey only the SIGTERM of their parent,
+# which all their threads hold back but one that looks who sent it.
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """The loader's iterator, whose processes are born with SIGTERM held back."""
+    if not CAN_TELL_SENDERS:
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent_alone(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if CAN_TELL_SENDERS:
+        threading.Thread(target=_await_sigterm_of, args=[os.getppid()], daemon=True).start()
+
+
+def _await_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def single(samples: Sequence) -> Any:

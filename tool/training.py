@@ -32,8 +32,9 @@ from tool.distributed import (
 )
 from tool.errors import DataError, Interrupted, UsageError
 from tool.loading import shuffled
-from tool.maps import atomic_write, remove_leftovers
+from tool.maps import remove_leftovers
 from tool.records import Records, describe_run
+from tool.weights import save_tensors
 
 # Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
 # times this, and whether they decay (released code).
@@ -225,9 +226,8 @@ class Training:
         contents: dict[str, str],
         notes: list[str],
     ):
-        self.args, self.net, self.schedule, self.device, self.stop = (
-            args, net, schedule, device, stop
-        )  # fmt: skip
+        self.args, self.net, self.schedule = args, net, schedule
+        self.device, self.stop = device, stop
         self.session = session_name(args)
         self.checkpoint = Path(f"{self.session}.ckpt")
         self.settings = settings_of(args, contents)
@@ -415,8 +415,7 @@ def save_weights(path: str | os.PathLike, net: nn.Module) -> None:
     for name, value in state.items():
         if not value.isfinite().all():
             raise diverged(f"{name} is not finite after the last step")
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    save_tensors(path, state)
 
 
 def _on_cpu(net: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Weight files -> networks: nothing is executed, and what was loaded is always said."""
 
+import io
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tool.errors import DataError
+from tool.maps import atomic_write
 
 # A tensor by which a network's weights are recognized, for messages.
 SIGNATURES = {
@@ -58,6 +60,14 @@ def load_tensors(path: str | os.PathLike, kind: str) -> Any:
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable {kind} ({reason}).") from error
+
+
+def save_tensors(path: str | os.PathLike, content: Any) -> None:
+    """Write what ``load_tensors`` reads, whole or not at all; raises OSError on a full disk."""
+    buffer = io.BytesIO()  # torch.save's own error on a full disk would not say so
+    torch.save(content, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def describe(names: Mapping) -> str:
