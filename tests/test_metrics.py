@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tool.metrics import confusion_matrix, intersection_over_union, mean_iou
+from tool.metrics import (
+    confusion_matrix,
+    confusions_of_sweep,
+    intersection_over_union,
+    mean_iou,
+    pixel_accuracy,
+    precision,
+    recall,
+    sweep_histogram,
+)
 
 VOID = 255
 TRUTH = np.array([[0, 0, 1, 1], [2, 2, VOID, VOID]], np.uint8)
@@ -98,3 +107,34 @@ def test_labels_in_another_order_have_the_same_iou():
     swapped = np.array(CONFUSION)[np.ix_(order, order)]
     expected = intersection_over_union(np.array(CONFUSION))[order]
     assert intersection_over_union(swapped).tolist() == expected.tolist()
+
+
+def test_precision_recall_and_accuracy_equal_the_hand_worked_ones():
+    confusion = np.array([[2, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    assert precision(confusion)[:2].tolist() == pytest.approx([2 / 3, 1 / 2])
+    assert recall(confusion)[:3].tolist() == pytest.approx([2 / 3, 1, 0])
+    assert np.isnan(precision(confusion)[2:]).all()  # never predicted
+    assert np.isnan(recall(confusion)[3])  # never there
+    assert pixel_accuracy(confusion) == pytest.approx(3 / 5)
+
+
+scores = hnp.arrays(np.float32, shapes, elements=st.sampled_from([0, 0.2, 0.25, 0.5, 1]))
+
+
+@given(masks, predictions, scores)
+def test_a_sweep_is_a_confusion_matrix_for_each_threshold(truth, winner, score):
+    winning_scores = np.array([0.2, 0.25, 0.25, 0.5, 0.75], np.float32)
+    histogram = sweep_histogram(truth, winner, score, winning_scores, 4)
+    assert histogram.shape == (4, 4, 6)
+    confusions = confusions_of_sweep(histogram)
+    assert len(confusions) == len(winning_scores)
+    for least, confusion in zip(winning_scores, confusions, strict=True):
+        prediction = np.where(score >= least, winner, 0).astype(np.uint8)
+        assert np.array_equal(confusion, confusion_matrix(truth, prediction, 4))
+
+
+def test_a_sweep_refuses_what_a_confusion_matrix_refuses():
+    image = np.array([[3]], np.uint8)
+    for truth, winner in ((image, image % 3), (image % 3, image), (image % 3, image.repeat(2, 1))):
+        with pytest.raises(ValueError, match=r"label 3|differ in size"):
+            sweep_histogram(truth, winner, np.ones((1, 1), np.float32), np.ones(1, np.float32), 3)

@@ -33,7 +33,12 @@ def multi_scale_cam(
     return total / (total.amax(dim=(1, 2), keepdim=True) + EPSILON)
 
 
+def fixed_background_and_maps(maps: np.ndarray, background_score: float) -> np.ndarray:
+    """[constant background, the maps]: K x H x W -> (K + 1) x H x W, of the maps' type."""
+    background = np.full((1, *maps.shape[1:]), background_score, maps.dtype)
+    return np.concatenate([background, maps])
+
+
 def fixed_background_label(maps: np.ndarray, background_score: float) -> np.ndarray:
     """The winner of [constant background, maps]: K x H x W -> H x W, local indices from 0 on."""
-    background = np.full((1, *maps.shape[1:]), background_score, maps.dtype)
-    return np.concatenate([background, maps]).argmax(axis=0)
+    return fixed_background_and_maps(maps, background_score).argmax(axis=0)
