@@ -1,10 +1,20 @@
 """The four programs and the evaluation of maps and labels, in a row, each as a process.
 
     python3 -m tool.pipeline --voc12_root VOC2012 --network vgg16 --weights W --out_dir runs/vgg16
+    ... --dry_run                            print the commands that would be run, and run nothing
+    ... --train_cls_args "--batch_size 8"    change a stage's settings
+    ... --from train_aff                     run this stage and those after it again
+    ... --stages infer_aff evaluate          see to these stages only
 
-Every command is printed as it is run, to be copied. In --out_dir: lists/ (from voc12.prepare),
-cls.pth, aff.pth and their .log, the folders cam, la_crf, ha_crf, rw, and results.json:
-{"cam": {"train": {"miou", "images"}, "val": ...}, "rw": {...}}.
+The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. Every command is
+printed as it is run, to be copied. Repeat the pipeline's command after an interruption, or with
+other settings: what is complete is not run again; a stage whose settings changed is, and so are all
+those after it, and why is printed. SIGINT and SIGTERM end the running stage, too.
+
+In --out_dir: lists/ (from voc12.prepare), cls.pth, aff.pth and their .log, the folders cam, la_crf,
+ha_crf, rw, the figures cam_train.json, ..., pipeline.json (what was run with which settings), and
+results.md and results.json: our mIoU beside that of the released code, and
+{"cam": {"train": {"miou", "images", "missing"}, "val": ...}, "rw": {...}, "table": [...], ...}.
 Labels are made and scored on train and val; training takes train_aug, or train where the devkit has
 no augmented masks.
 """
@@ -13,39 +23,65 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tool import cli
 from tool.errors import DataError
 from tool.maps import atomic_write
+from tool.steps import History, Step, Word
+from tool.tables import PUBLISHED, SPLIT_RULES, comparison, markdown
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCORED_SPLITS = ("train", "val")
+PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
+STAGES = ("prepare", *PROGRAMS, "evaluate")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_SIGNAL = 128  # plus the signal's number, as shells say it
 
-# What a network is trained and run with, where that is not the programs' default.
-RECIPES: dict[str, dict[str, list[str]]] = {
-    "vgg16": {"train_cls": ["--lr", "0.1"], "train_aff": ["--lr", "0.1"]},
-    "resnet38": {"train_cls": ["--lr", "0.01"], "train_aff": ["--lr", "0.01"]},
-    # From scratch, on the toy devkit: hence a customary momentum, small crops and a short walk.
-    "tiny": {
-        "train_cls": shlex.split(
-            "--lr 0.05 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
-            "--resize_long 128 224 --val_crop_size 192"
-        ),
-        "train_aff": shlex.split(
-            "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160"
-        ),
-        "infer_aff": ["--logt", "4"],
-    },
+# What the networks are trained and run with. The published figures were made with these of vgg16
+# and resnet38, which differ in the learning rate only.
+INFERENCE = {
+    "infer_cls": "--low_alpha 4 --high_alpha 32",
+    "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 8",
 }
-STAGES = ("train_cls", "infer_cls", "train_aff", "infer_aff")
+RECIPES: dict[str, dict[str, str]] = {
+    network: {
+        "train_cls": f"--lr {lr} --batch_size 16 --max_epoches 15 --crop_size 448 --wt_dec 5e-4",
+        "train_aff": f"--lr {lr} --batch_size 8 --max_epoches 8 --crop_size 448 --wt_dec 5e-4",
+        **INFERENCE,
+    }
+    for network, lr in (("vgg16", 0.1), ("resnet38", 0.01))
+}
+# From scratch, on the toy devkit: hence a customary momentum, small crops and a short walk.
+RECIPES["tiny"] = {
+    "train_cls": "--lr 0.05 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
+    "--resize_long 128 224 --val_crop_size 192",
+    "train_aff": "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160",
+    **INFERENCE,
+    "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 4",
+}
+
+
+def recipes_text() -> str:
+    """The recipes for --help."""
+    lines = ["recipes (--train_cls_args and so on override them flag by flag):"]
+    for network, recipe in RECIPES.items():
+        lines.append(f"  {network}")
+        lines += [f"    {program}  {recipe[program]}" for program in PROGRAMS]
+    return "\n".join(lines)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python3 -m tool.pipeline", description=__doc__, formatter_class=cli.help_formatter
+        "python3 -m tool.pipeline",
+        description=__doc__,
+        epilog=recipes_text(),
+        formatter_class=cli.help_formatter,
     )
     add = parser.add_argument
     add("--voc12_root", required=True, help="the devkit's folder VOC2012")
@@ -59,13 +95,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_dir", required=True, help="folder for everything that is made")
     add("--list_dir", help="id lists made before by voc12.prepare (default: made in --out_dir)")
     add("--classes", metavar="FILE", help="class names of another data set, one a line")
-    for stage in STAGES:
+    for program in PROGRAMS:
         add(
-            f"--{stage}_args",
-            default="",
+            f"--{program}_args",
             metavar="'--FLAG VALUE ...'",
-            help=f"further flags of {stage}.py; they override the network's recipe",
+            help=f"further flags of {program}.py; they override the network's recipe",
         )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        metavar="STAGE",
+        help="see to these stages only, and leave alone those that are complete",
+    )
+    chosen.add_argument(
+        "--from",
+        dest="first_stage",
+        choices=STAGES,
+        metavar="STAGE",
+        help="take what earlier stages made as it is, and run this one and those after it, also "
+        "where they are complete; after an interruption leave it out, to go on",
+    )
+    add("--dry_run", action="store_true", help="print the commands that would be run, no more")
     cli.add_run_arguments(parser)
     return parser
 
@@ -77,13 +129,62 @@ class Pipeline:
         self.args = args
         self.out = Path(args.out_dir)
         self.lists = Path(args.list_dir) if args.list_dir else self.out / "lists"
-        self.data_flags = ["--voc12_root", args.voc12_root]
+        self.data_flags: list[Word] = ["--voc12_root", Path(args.voc12_root)]
         if args.classes:
-            self.data_flags += ["--classes", args.classes]
+            self.data_flags += ["--classes", Path(args.classes)]
 
-    def stage(self, name: str, *flags: str | Path) -> None:
-        """Run one of the four programs, with the recipe's flags and the user's."""
-        kind = "cls" if name.endswith("cls") else "aff"
+    def steps(self) -> list[Step]:
+        """All commands in their order, but for that of prepare."""
+        train_list, val_list = self.training_list(), self.lists / "val.txt"
+        return [
+            self.train("cls", _weights(self.args.weights), "--val_list", val_list),
+            self.infer_cls("train", train_list, crf=True),
+            self.infer_cls("val", val_list, crf=False),
+            self.train(
+                "aff",
+                self.affinity_start(),
+                *("--la_crf_dir", self.out / "la_crf", "--ha_crf_dir", self.out / "ha_crf"),
+            ),
+            *(self.infer_aff(split) for split in SCORED_SPLITS),
+            *(self.evaluate(split, "--cam", "cam") for split in SCORED_SPLITS),
+            *(self.evaluate(split, "--pred", "rw") for split in SCORED_SPLITS),
+        ]
+
+    def prepare(self) -> Step:
+        command = ["-m", "voc12.prepare", *self.data_flags, "--out_dir", self.lists]
+        return Step("prepare", "prepare", command, [self.lists])
+
+    def train(self, kind: str, start: Word, *flags: Word) -> Step:
+        """The training of the classifier ("cls") or of AffinityNet ("aff")."""
+        session = self.out / kind
+        flags = ("--train_list", self.training_list(), "--session_name", session, *flags)
+        command = self.program(f"train_{kind}", "--weights", start, *flags)
+        return Step(f"train_{kind}", f"train_{kind}", command, [session.with_suffix(".pth")])
+
+    def infer_cls(self, name: str, images: Path, crf: bool) -> Step:
+        folders = ["cam", "la_crf", "ha_crf"] if crf else ["cam"]
+        outputs = [self.out / folder for folder in folders]
+        flags = [word for folder in outputs for word in (f"--out_{folder.name}", folder)]
+        weights = self.out / "cls.pth"
+        command = self.program("infer_cls", "--weights", weights, "--infer_list", images, *flags)
+        return Step("infer_cls", f"infer_cls {name}", command, outputs)
+
+    def infer_aff(self, split: str) -> Step:
+        images, labels = self.lists / f"{split}.txt", self.out / "rw"
+        flags = ("--infer_list", images, "--cam_dir", self.out / "cam", "--out_rw", labels)
+        command = self.program("infer_aff", "--weights", self.out / "aff.pth", *flags)
+        return Step("infer_aff", f"infer_aff {split}", command, [labels])
+
+    def evaluate(self, split: str, flag: str, folder: str) -> Step:
+        figures = self.figures(folder, split)
+        command = ["-m", "voc12.evaluate", *self.data_flags, "--list", self.lists / f"{split}.txt"]
+        command += [flag, self.out / folder, "--json", figures]
+        command += ["--num_workers", self.args.num_workers]
+        return Step("evaluate", f"evaluate {folder} {split}", command, [figures])
+
+    def program(self, name: str, *flags: Word) -> list[Word]:
+        """The command of one of the four programs, with the recipe's flags and the user's."""
+        kind = name.partition("_")[2]
         args = self.args
         command = [os.path.relpath(REPOSITORY / f"{name}.py"), *self.data_flags]
         command += ["--network", f"network.{args.network}_{kind}", *flags]
@@ -91,99 +192,208 @@ class Pipeline:
             command += ["--label_file", self.lists / "cls_labels.npy"]
         command += ["--device", args.device, "--seed", args.seed]
         command += ["--num_workers", args.num_workers]
-        command += RECIPES[args.network].get(name, [])
-        command += shlex.split(getattr(args, f"{name}_args"))
-        run(command)
+        return command + self.recipe(name)
 
-    def prepare(self) -> None:
-        run(["-m", "voc12.prepare", *self.data_flags, "--out_dir", self.lists])
+    def recipe(self, program: str) -> list[str]:
+        """The flags of the network's recipe and, overriding them, the user's."""
+        overrides = shlex.split(getattr(self.args, f"{program}_args") or "")
+        return shlex.split(RECIPES[self.args.network][program]) + overrides
 
     def training_list(self) -> Path:
         """train_aug.txt, or train.txt where the devkit has no augmented masks."""
-        augmented = self.lists / "train_aug.txt"
-        return augmented if augmented.exists() else self.lists / "train.txt"
+        augmented, plain = self.lists / "train_aug.txt", self.lists / "train.txt"
+        if self.args.dry_run and not plain.exists():  # what voc12.prepare would find
+            has_masks = Path(self.args.voc12_root, "SegmentationClassAug").is_dir()
+            return augmented if has_masks else plain
+        return augmented if augmented.exists() else plain
 
-    def run(self) -> dict:
-        """All stages; returns the results."""
-        if not self.args.list_dir:
-            self.prepare()
-        out, train_list, val_list = self.out, self.training_list(), self.lists / "val.txt"
-        print(f"training list: {train_list}", flush=True)
-        train_flags = ["--train_list", train_list, "--session_name"]
-
-        self.stage(
-            "train_cls",
-            *("--weights", self.args.weights, *train_flags, out / "cls", "--val_list", val_list),
-        )
-        classifier = ["--weights", out / "cls.pth", "--out_cam", out / "cam", "--infer_list"]
-        crf_outputs = ["--out_la_crf", out / "la_crf", "--out_ha_crf", out / "ha_crf"]
-        self.stage("infer_cls", *classifier, train_list, *crf_outputs)
-        self.stage("infer_cls", *classifier, val_list)
-
-        crf_inputs = ["--la_crf_dir", out / "la_crf", "--ha_crf_dir", out / "ha_crf"]
-        self.stage(
-            "train_aff",
-            *("--weights", self.affinity_start(), *train_flags, out / "aff", *crf_inputs),
-        )
-        for split in SCORED_SPLITS:
-            self.stage(
-                "infer_aff",
-                *("--weights", out / "aff.pth", "--infer_list", self.lists / f"{split}.txt"),
-                *("--cam_dir", out / "cam", "--out_rw", out / "rw"),
-            )
-        return {
-            "cam": {split: self.score(split, "--cam", out / "cam") for split in SCORED_SPLITS},
-            "rw": {split: self.score(split, "--pred", out / "rw") for split in SCORED_SPLITS},
-        }
-
-    def affinity_start(self) -> str | Path:
+    def affinity_start(self) -> Word:
         """The weights that AffinityNet starts from."""
         if self.args.aff_weights:
-            return self.args.aff_weights
-        return self.out / "cls.pth" if self.args.weights == "none" else self.args.weights
+            return _weights(self.args.aff_weights)
+        return self.out / "cls.pth" if self.args.weights == "none" else _weights(self.args.weights)
 
-    def score(self, split: str, flag: str, folder: Path) -> dict:
-        """Run the evaluation of a folder over a split; returns its mIoU and number of images."""
-        figures = self.out / f"{folder.name}_{split}.json"
-        run(
-            [
-                *("-m", "voc12.evaluate", *self.data_flags),
-                *("--list", self.lists / f"{split}.txt", flag, folder, "--json", figures),
-            ]
-        )
-        result = json.loads(figures.read_text())
-        return {"miou": result["miou"], "images": result["images"]}
+    def figures(self, folder: str, split: str) -> Path:
+        """Where the evaluation of a folder over a split stands."""
+        return self.out / f"{folder}_{split}.json"
+
+    def run(self) -> None:
+        """Run what is not complete of the stages that the command line names."""
+        history = History(self.out, pretend=self.args.dry_run)
+        if not self.args.list_dir:
+            # The lists' content is among the settings of what reads them: no step is stale because
+            # prepare ran.
+            self.run_steps([self.prepare()], history)
+        self.run_steps(self.steps(), history)
+
+    def run_steps(self, steps: Sequence[Step], history: History) -> None:
+        for index, step in enumerate(steps):
+            if step.stage not in self.stages():
+                continue
+            reason = history.reason_to_run(step)
+            if reason is None and self.args.first_stage:
+                reason = f"--from {self.args.first_stage}"
+            if reason is None:
+                print(f"\n# {step.name}: complete, not run again", flush=True)
+                continue
+            print(f"\n# {step.name}: {reason}", flush=True)
+            command = step.command + self.fresh_start(step, history)
+            history.begin(step, later=steps[index + 1 :])
+            if self.args.dry_run:
+                print(shown(command))
+            else:
+                run(command)
+            history.end(step)
+
+    def stages(self) -> Sequence[str]:
+        """The stages that the command line names."""
+        if self.args.first_stage:
+            return STAGES[STAGES.index(self.args.first_stage) :]
+        return self.args.stages or STAGES
+
+    def fresh_start(self, step: Step, history: History) -> list[str]:
+        """A training with other settings must not go on from the checkpoint of the old ones."""
+        is_training = step.stage.startswith("train")
+        checkpoint = step.outputs[0].with_suffix(".ckpt")
+        if is_training and checkpoint.exists() and history.changed_settings(step):
+            return ["--resume", "never"]
+        return []
+
+    def results(self) -> dict:
+        """What results.json holds; raises DataError if a split was not evaluated."""
+        args = self.args
+        results = {
+            folder: {split: self._score(folder, split) for split in SCORED_SPLITS}
+            for folder in ("cam", "rw")
+        }
+        comparable = not args.classes and any(line.network == args.network for line in PUBLISHED)
+        published = PUBLISHED if comparable else ()
+        overrides = {name: getattr(args, f"{name}_args") for name in PROGRAMS}
+        return {
+            **results,
+            "table": comparison(results, args.network, self.alphas(), published),
+            "split_rules": list(SPLIT_RULES),
+            "network": args.network,
+            "weights": args.weights,
+            "overrides": {name: flags for name, flags in overrides.items() if flags},
+        }
+
+    def _score(self, folder: str, split: str) -> dict:
+        path = self.figures(folder, split)
+        try:
+            figures = json.loads(path.read_text())
+            return {key: figures[key] for key in ("miou", "images", "missing")}
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path}: no figures of voc12.evaluate; run --from evaluate."
+            ) from error
+
+    def alphas(self) -> tuple[float, float, float]:
+        """The alphas in effect: of the low CRF, the random walk and the high CRF."""
+        parser = argparse.ArgumentParser(add_help=False)
+        for flag in ("--low_alpha", "--alpha", "--high_alpha"):
+            parser.add_argument(flag, type=float)
+        classifier, _ = parser.parse_known_args(self.recipe("infer_cls"))
+        walk, _ = parser.parse_known_args(self.recipe("infer_aff"))
+        return classifier.low_alpha, walk.alpha, classifier.high_alpha
 
 
-def run(command: list[str | Path | int]) -> None:
-    """Print a Python command and run it; raises DataError if it fails."""
-    words = [str(word) for word in command]
-    print(f"\n$ python3 {shlex.join(words)}", flush=True)
+def _weights(text: str) -> Word:
+    return text if text == "none" else Path(text)
+
+
+def shown(command: Sequence[Word]) -> str:
+    """A command as one types it."""
+    return f"$ python3 {shlex.join(str(word) for word in command)}"
+
+
+def run(command: Sequence[Word]) -> None:
+    """Print a Python command and run it; raises DataError if it fails.
+
+    A signal that asks this program to end reaches the command, which may take its time; then
+    KeyboardInterrupt is raised for SIGINT, else SystemExit.
+    """
+    print(shown(command), flush=True)
     environment = dict(os.environ)
     # python3 -m must find the packages also where the pipeline is started from another folder.
     paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    code = subprocess.run([sys.executable, *words], env=environment, check=False).returncode
+    with stop_signals() as (received, receivers):
+        # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, start_new_session=True
+        )
+        receivers.append(process)
+        for number in received:  # those that came before there was a process
+            process.send_signal(number)
+        code = process.wait()
+    if received:
+        if received[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        name = signal.Signals(received[0]).name
+        print(f"ended by {name}, and the stage above with it.", file=sys.stderr)
+        raise SystemExit(EXIT_SIGNAL + received[0])
     if code:
-        raise DataError(f"the last command above failed (exit code {code}).")
+        how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        raise DataError(f"the last command above failed ({how}).")
 
 
-def table(results: dict) -> str:
-    """The results for people, mIoU in per cent, with the number of images that it stands on."""
-    rows = [f"{'mIoU':<12}" + "".join(f"{split:>18}" for split in SCORED_SPLITS)]
-    for key, title in (("cam", "CAM"), ("rw", "random walk")):
-        cells = [results[key][split] for split in SCORED_SPLITS]
-        texts = [f"{cell['miou']:.1f} ({cell['images']} images)" for cell in cells]
-        rows.append(f"{title:<12}" + "".join(f"{text:>18}" for text in texts))
-    return "\n".join(rows)
+@contextmanager
+def stop_signals() -> Iterator[tuple[list[int], list[subprocess.Popen]]]:
+    """Within the block, signals that would end this program go into the first list.
+
+    Those that are ignored (by nohup, say) stay so; the processes in the second list get the others.
+    """
+    received: list[int] = []
+    receivers: list[subprocess.Popen] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for process in receivers:
+            process.send_signal(number)
+
+    before = {
+        number: signal.signal(number, forward)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield received, receivers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def report(results: dict) -> str:
+    """The table of results as Markdown, with what it takes to read it right."""
+    notes = [*results["split_rules"], *departures(results)]
+    return "\n".join(
+        ["mIoU in per cent.", "", markdown(results["table"]), "", *(f"- {note}" for note in notes)]
+    )
+
+
+def departures(results: dict) -> list[str]:
+    """How a run differs from the one that the published figures stand for."""
+    notes = [f"{name} was run with {flags}" for name, flags in results["overrides"].items()]
+    notes = [f"Not the network's recipe: {note}." for note in notes]
+    if not any(row["published"] for row in results["table"]):
+        notes.append("There are no published figures of this network and data.")
+    elif results["weights"] == "none":
+        notes.append("Trained from random numbers; the published figures start from ImageNet.")
+    return notes
 
 
 def main(args: argparse.Namespace) -> None:
-    results = Pipeline(args).run()
-    path = Path(args.out_dir, "results.json")
-    with atomic_write(path) as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
-    print(f"\n{table(results)}\n\nwritten to {path}")
+    pipeline = Pipeline(args)
+    pipeline.run()
+    if args.dry_run or "evaluate" not in pipeline.stages():
+        return
+    results = pipeline.results()
+    text = report(results)
+    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", text)):
+        with atomic_write(pipeline.out / name) as file:
+            file.write(f"{content}\n".encode())
+    print(f"\n{text}\n\nwritten to {pipeline.out / 'results.md'} and results.json")
 
 
 if __name__ == "__main__":
