@@ -36,7 +36,7 @@ from voc12 import toy
 from voc12.data import VOC_CLASSES, Devkit, read_ids
 
 PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
-MODULES = (*PROGRAMS, "voc12.prepare", "voc12.evaluate", "voc12.report")
+MODULES = (*PROGRAMS, "voc12.prepare", "voc12.evaluate", "voc12.export", "voc12.report")
 
 DATA = "--voc12_root VOC --num_workers 0"
 LABELS = "--label_file lists/cls_labels.npy"

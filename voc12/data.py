@@ -37,6 +37,8 @@ LABEL_FILE = "voc12/cls_labels.npy"
 PROBABILITY_TOLERANCE = 1e-3
 # Share of background by which the high alpha's scores must exceed the low one's to be told apart.
 SWAPPED_MARGIN = 0.02
+# How many of the missing files an error names.
+NAMED_MISSING = 4
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 Normalize = Callable[[np.ndarray], np.ndarray]
@@ -438,12 +440,17 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) 
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
-    """Raise DataError, ending in ``hint``, if ``<folder>/<id><suffix>`` is missing for an id."""
+    """Raise DataError if ``<folder>/<id><suffix>`` is missing for an id.
+
+    The message names the first few and ends in ``hint``.
+    """
     paths = [Path(folder, image_id + suffix) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:
+        others = ", ".join(path.name for path in missing[1:NAMED_MISSING])
         raise DataError(
-            f"{missing[0]}: no such file ({len(missing)} of {len(ids)} are missing); {hint}."
+            f"{missing[0]}: no such file ({len(missing)} of {len(ids)} are missing)"
+            f"{', nor ' + others if others else ''}; {hint}."
         )
 
 
