@@ -123,7 +123,8 @@ def winning_score(background: Background) -> np.float32:
     """The smallest score in 0..1 of a map that the background loses to.
 
     By bisection over the float32 numbers with the very comparison that makes labels, so that a
-    sweep rounds as a plain evaluation does. A score of 0 never wins, one of 1 always.
+    sweep rounds as a plain evaluation does. A score of 0 never wins, one of 1 always, as the
+    thresholds of sweeps are below 1.
     """
     loses, wins = np.float32([0, 1]).view(np.int32)  # the order of positive floats is their bits'
     while wins - loses > 1:
@@ -218,7 +219,7 @@ def _number_and_sum(counts: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
 def total_counts(
     ids: Sequence[str], count: Callable[[str], np.ndarray], num_workers: int
 ) -> np.ndarray:
-    """The sum of the counts of the images, which so many processes share."""
+    """The sum of the counts of the images, which ``num_workers`` processes share among them."""
     dataset = _Counts(ids, count)
     num_workers = min(num_workers, math.ceil(len(ids) / IMAGES_AT_ONCE))
     batches = load(dataset, range(len(ids)), IMAGES_AT_ONCE, num_workers, _number_and_sum)
@@ -254,7 +255,7 @@ def figures(confusion: np.ndarray, num_images: int, class_names: Sequence[str]) 
 def background_errors(confusion: np.ndarray) -> dict[str, float]:
     """Pixels of objects taken for background (its false positives), and of background for objects.
 
-    Each also in per cent of the background's union, as 100 - IoU parts into them.
+    Each also in per cent of the background's union: with its IoU, they add up to 100.
     """
     false_positives = int(confusion[1:, 0].sum())
     false_negatives = int(confusion[0, 1:].sum())
