@@ -1,4 +1,5 @@
-# make demo   the four stages on a synthetic devkit, scored, with a picture (about 5 minutes, CPU)
+# make demo   the four stages on a synthetic devkit, scored, with pages to look at (about 5 minutes,
+#             CPU)
 # make test   lint and the whole test suite
 # make setup  only the virtual environment; the others do it when needed
 
@@ -14,11 +15,15 @@ demo: setup
 	$(RUN) -m voc12.toy $(DEMO)/VOC --images 160 --size 192 --seed $(SEED)
 	$(RUN) -m tool.pipeline --voc12_root $(DEMO)/VOC --network tiny --weights none \
 	    --out_dir $(DEMO) --seed $(SEED) --num_workers 1
+	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/train.txt --images 1 \
+	    --cam $(DEMO)/cam --la $(DEMO)/la_crf --ha $(DEMO)/ha_crf --rw $(DEMO)/rw \
+	    --out $(DEMO)/stages.png
 	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/val.txt \
-	    --cam $(DEMO)/cam --rw $(DEMO)/rw --out $(DEMO)/result_val.png
+	    --cam $(DEMO)/cam --rw $(DEMO)/rw --log $(DEMO)/cls.csv $(DEMO)/aff.csv \
+	    --out $(DEMO)/report_val.html
 	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/train.txt \
 	    --cam $(DEMO)/cam --la $(DEMO)/la_crf --ha $(DEMO)/ha_crf --rw $(DEMO)/rw \
-	    --out $(DEMO)/result_train.png
+	    --log $(DEMO)/cls.csv $(DEMO)/aff.csv --out $(DEMO)/report_train.html
 
 test: setup lint
 	$(RUN) -m pytest

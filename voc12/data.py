@@ -373,22 +373,29 @@ class AffinityTrainingSet(_TrainingSet):
 
     def _load_scores(self, image_id: str, size: tuple[int, int]) -> np.ndarray:
         """float32 H x W x 2(K + 1): low-alpha scores, then high-alpha scores, background first."""
-        low_path, high_path = (
-            folder / f"{image_id}.npy" for folder in (self.low_alpha_dir, self.high_alpha_dir)
-        )
-        low, high = load_maps(low_path, size), load_maps(high_path, size)
-        if low.keys() != high.keys() or 0 not in low:
-            raise DataError(
-                f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
-                f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
-            )
-        # A lower alpha means more background, whatever the image.
-        if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
-            raise DataError(
-                f"{low_path}: has less background than {high_path}, so the folders are swapped; "
-                "--la_crf_dir is what infer_cls.py wrote to --out_la_crf."
-            )
+        paths = (folder / f"{image_id}.npy" for folder in (self.low_alpha_dir, self.high_alpha_dir))
+        low, high = load_crf_scores(*paths, size)
         return np.stack([*low.values(), *high.values()], axis=-1)
+
+
+def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
+    """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
+
+    Raises DataError as ``load_maps`` does, and where the two do not belong together.
+    """
+    low, high = load_maps(low_path, size), load_maps(high_path, size)
+    if low.keys() != high.keys() or 0 not in low:
+        raise DataError(
+            f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
+            f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
+        )
+    # A lower alpha means more background, whatever the image.
+    if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
+        raise DataError(
+            f"{low_path}: has less background than {high_path}, so the folders are swapped; "
+            "--la_crf_dir (--la) is what infer_cls.py wrote to --out_la_crf."
+        )
+    return low, high
 
 
 class AffinitySample(NamedTuple):
