@@ -8,6 +8,7 @@ import io
 import math
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -23,6 +24,7 @@ from tool.maps import VOID, save_index_png, save_maps, voc_palette
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+import voc12
 from voc12 import report_data, report_page, report_pictures, report_plots, report_sheet
 
 CLASSES = ["crack", '<img src=x onerror="alert(1)">', "$rust$ & moss", "nowhere"]
@@ -597,10 +599,12 @@ def test_what_is_no_log_is_refused(text, words, world):
         ("--rw high --out x.html", 1, ("high/a.png", "label 5", "4 classes", "--classes")),
         ("--rw small --out x.html", 1, ("small/a.png", "4 x 4", f"{HEIGHT} x {WIDTH}")),
         ("--la high --ha high --out x.html", 1, ("high/a.npy", "label 5", "--classes")),
+        ("--rw VOC/SegmentationClass --list masked.txt --out x.html", 1, ("/a.png", "(255)")),
         ("--log no_such.csv --out x.html", 1, ("no_such.csv",)),
     ],
 )
 def test_bad_input(flags, code, words, world):
+    (world.root / "masked.txt").write_text("a\n")
     for image_id in IDS:
         save_index_png(world.root / f"small/{image_id}.png", np.zeros((4, 4), np.uint8))
         save_index_png(world.root / f"high/{image_id}.png", np.full((HEIGHT, WIDTH), 5, np.uint8))
@@ -609,6 +613,16 @@ def test_bad_input(flags, code, words, world):
         )
     run_program(f"{REPORT} {flags}", world.root).assert_failed(code, *words)
     assert not list(world.root.glob("x.*"))
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named(package, world, monkeypatch):
+    for module in ("report_page", "report_data", "report_sheet", "report_plots", "report_pictures"):
+        monkeypatch.delitem(sys.modules, f"voc12.{module}")
+        monkeypatch.delattr(voc12, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = run_program(f"{REPORT} --out x.html", world.root)
+    outcome.assert_failed(1, package, "requirements.txt")
 
 
 def test_sixty_real_photographs_stay_small(voc_mini, tmp_path):

@@ -446,6 +446,25 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) 
     return maps
 
 
+def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> np.ndarray:
+    """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.
+
+    Raises DataError as ``load_index_png`` does, and for another size or a label that the class list
+    does not have.
+    """
+    label = load_index_png(path)
+    if label.shape != size:
+        own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
+        raise DataError(f"{path}: is {own}, but its photograph is {wanted}; make the label again.")
+    unknown = np.setdiff1d(label, [*range(num_classes + 1), VOID])
+    if unknown.size:
+        raise DataError(
+            f"{path}: has the label {unknown[0]}, but there are {num_classes} classes; see "
+            "--classes."
+        )
+    return label
+
+
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
     """Raise DataError if ``<folder>/<id><suffix>`` is missing for an id.
 

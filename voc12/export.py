@@ -22,12 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from tool import cli
 from tool.errors import DataError
-from tool.maps import VOID, load_index_png, open_image, save_index_png
-from voc12.data import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
+from tool.maps import load_index_png, open_image, save_index_png
+from voc12.data import (
+    Devkit,
+    add_devkit_arguments,
+    load_label,
+    open_devkit,
+    read_ids,
+    require_files,
+)
 
 DEVKIT, YEAR = "VOCdevkit", "VOC2012"
 Place = Callable[[Path, Path], object]
@@ -67,24 +72,8 @@ def check(devkit: Devkit, labels: Path, train_ids: Sequence[str], val_ids: Seque
     paths = [labels / f"{i}.png" for i in train_ids] + [devkit.mask_path(i) for i in val_ids]
     images = [devkit.image_path(image_id) for image_id in (*train_ids, *val_ids)]
     for path, image in cli.progress(list(zip(paths, images, strict=True)), "check"):
-        check_label(path, image, len(devkit.class_names))
-
-
-def check_label(path: Path, image: Path, num_classes: int) -> None:
-    """Raise DataError unless an index image has the photograph's size and labels that there are."""
-    label = load_index_png(path)
-    width, height = open_image(image).size
-    if label.shape != (height, width):
-        raise DataError(
-            f"{path}: is {label.shape[0]} x {label.shape[1]}, but {image} is {height} x {width}; "
-            "make the label again."
-        )
-    unknown = np.setdiff1d(label, [*range(num_classes + 1), VOID])
-    if unknown.size:
-        raise DataError(
-            f"{path}: has the label {unknown[0]}, but there are {num_classes} classes; see "
-            "--classes."
-        )
+        width, height = open_image(image).size
+        load_label(path, (height, width), len(devkit.class_names))
 
 
 @contextmanager

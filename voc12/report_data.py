@@ -12,9 +12,9 @@ import numpy as np
 from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label
 from tool.errors import DataError
-from tool.maps import VOID, load_index_png, stack_maps
+from tool.maps import VOID, stack_maps
 from tool.metrics import confusion_matrix, intersection_over_union
-from voc12.data import Devkit, index_image, load_cams, load_crf_scores, require_files
+from voc12.data import Devkit, index_image, load_cams, load_crf_scores, load_label, require_files
 from voc12.evaluate import SWEEPS, Scorer, sweep, sweep_figures
 from voc12.report_pictures import confident_label
 from voc12.report_plots import Curve
@@ -64,42 +64,32 @@ class Outputs:
         """What AffinityNet learns of an image, 255 where that is nothing."""
         low_path, high_path = (Path(folder, f"{image_id}.npy") for folder in (self.la, self.ha))
         low, high = load_crf_scores(low_path, high_path, size)
-        self._require_known(low_path, max(low))
+        if max(low) > len(self.devkit.class_names):
+            raise DataError(
+                f"{low_path}: has scores of the label {max(low)}, but there are "
+                f"{len(self.devkit.class_names)} classes; see --classes."
+            )
         return confident_label(low, high)
 
     def walk(self, image_id: str, size: tuple[int, int]) -> np.ndarray:
         """The random walk's label."""
         path = Path(self.rw, f"{image_id}.png")
-        label = self._label(path, size)
-        self._require_known(path, label.max())
+        label = load_label(path, size, len(self.devkit.class_names))
+        if (label == VOID).any():
+            raise DataError(
+                f"{path}: has pixels without a label ({VOID}); --rw is what infer_aff.py wrote to "
+                "--out_rw."
+            )
         return label
 
     def mask(self, image_id: str, size: tuple[int, int]) -> np.ndarray | None:
         """The mask, 255 where it is void, or None for an image without one."""
         path = self.devkit.mask_path(image_id)
-        if not path.is_file():
-            return None
-        mask = self._label(path, size)
-        self._require_known(path, mask.max(where=mask != VOID, initial=0))
-        return mask
+        return load_label(path, size, len(self.devkit.class_names)) if path.is_file() else None
 
     def masked(self, ids: Sequence[str]) -> list[str]:
         """Those of the images that have a mask."""
         return [image_id for image_id in ids if self.devkit.mask_path(image_id).is_file()]
-
-    def _label(self, path: Path, size: tuple[int, int]) -> np.ndarray:
-        label = load_index_png(path)
-        if label.shape != size:
-            own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
-            raise DataError(f"{path}: has {own} pixels, but its photograph {wanted}.")
-        return label
-
-    def _require_known(self, path: Path, label: int) -> None:
-        if label > len(self.devkit.class_names):
-            raise DataError(
-                f"{path}: has the label {label}, but there are {len(self.devkit.class_names)} "
-                "classes; see --classes."
-            )
 
     def predictions(self) -> dict[str, Callable[[str, tuple[int, int]], np.ndarray]]:
         """What there is to score, the walk last: its name, and what gives an image's labels."""
@@ -165,7 +155,7 @@ def _count_confident(scores: Scores, label: np.ndarray, mask: np.ndarray | None)
 
 def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> dict[str, dict]:
     """What ``voc12.evaluate --sweep --json`` says of the CAMs, by the kind of background."""
-    masks = outputs.devkit.root / "SegmentationClass"
+    masks = outputs.devkit.mask_path(ids[0]).parent
     scorer = Scorer(outputs.devkit, masks, Path(outputs.cam))
     return {
         kind: sweep_figures(
