@@ -458,7 +458,7 @@ def test_folders_that_are_not_named_are_left_out(world):
     means = {i: world.image_iou(i, world.walks[i])[0] for i in world.masks}
     worst, best = min(means, key=means.get), max(means, key=means.get)
     assert [card["data-id"] for card in page.cards] == [worst, best]
-    assert any(f"2 of {len(IDS)} images" in words for words in page.words["p"])
+    assert any("2 of 4 images with a score: the 0 worst" in words for words in page.words["p"])
 
     page = make_page(world.root, "--cam cam", "cam.html")
     assert next(iter(page.table(0))) == "CAM, background 0.2"
@@ -479,6 +479,7 @@ def test_data_without_masks_has_no_scores(world, tmp_path):
     assert all(card["iou"] == card["data-iou"] == "" for card in page.cards)
     assert "worst first" not in page.options
     assert "none of them with a mask" in page.words["p"][0]
+    assert any("3 of 5 images: 0 with a score" in words for words in page.words["p"])
 
 
 def test_masks_without_a_labelled_pixel_score_nothing(world, tmp_path):
@@ -500,7 +501,7 @@ def test_a_mask_for_some_images_is_said(page):
 )
 def test_the_worst_and_the_best_are_chosen(scores, count):
     ids = list(range(len(scores)))
-    chosen = report_data.choose(ids, lambda image_id: scores[image_id], count)
+    chosen = report_data.choose(dict(enumerate(scores)), count)
     assert len(chosen) == len(set(chosen)) == min(count, len(ids))
     ranked = sorted((s, i) for i, s in enumerate(scores) if not math.isnan(s))
     scored = [i for _, i in ranked]

@@ -168,14 +168,15 @@ def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def choose(ids: Sequence[str], score_of: Callable[[str], float], count: int) -> list[str]:
+def choose(scores: Mapping[str, float], count: int) -> list[str]:
     """``count`` images, worst first: a third the worst, a third the best, the rest evenly between.
 
-    Images without a score (NaN) come last, evenly from the list, if there are too few others.
+    ``scores`` are by image id, in the order of the list. Images without a score (NaN) come last,
+    evenly from the list, if there are too few others.
     """
-    scored = [image_id for image_id in ids if not math.isnan(score_of(image_id))]
-    unscored = [image_id for image_id in ids if math.isnan(score_of(image_id))]
-    scored.sort(key=score_of)
+    scored = [image_id for image_id, value in scores.items() if not math.isnan(value)]
+    unscored = [image_id for image_id, value in scores.items() if math.isnan(value)]
+    scored.sort(key=scores.get)
     chosen = spread(scored, min(count, len(scored)), ends=count // 3)
     return chosen + spread(unscored, min(count - len(chosen), len(unscored)))
 

@@ -79,9 +79,9 @@ def page(
         for name, confusion in scores.confusion.items()
     }
     shown = outputs.shown()
-    shown_ids = choose(
-        ids, lambda image_id: scores.of_image(image_id).get(shown, math.nan), num_shown
-    )
+    iou = {image_id: scores.of_image(image_id).get(shown, math.nan) for image_id in ids}
+    shown_ids = choose(iou, num_shown)
+    num_scored = sum(not math.isnan(value) for value in iou.values())
     cards = [card(outputs, scores, image_id) for image_id in cli.progress(shown_ids, "pictures")]
     context = {
         "title": f"AffinityNet on {Path(list_path).stem}",
@@ -92,7 +92,7 @@ def page(
         "class_plot": class_plot(results) if results else None,
         "thresholds": [threshold_plot(kind, result) for kind, result in sweeps.items()],
         "training": [loss_plot(path, losses) for path, losses in logs.items()],
-        "note": gallery_note(scores, len(ids), len(cards)),
+        "note": gallery_note(num_scored, len(ids), len(cards)),
         "legend": legend(bool(results)),
         "heat": heat_scale() if outputs.cam else None,
         "counts": class_counts(cards),
@@ -314,19 +314,22 @@ def legend(with_differences: bool) -> dict[str, str]:
     return {"void or ignored": "black", **{name: css_colour(colour) for name, colour in kinds}}
 
 
-def gallery_note(scores: Scores, num_ids: int, num_cards: int) -> str:
-    """Which images the gallery shows, and what their scores are."""
+def gallery_note(num_scored: int, num_ids: int, num_cards: int) -> str:
+    """Which images the gallery shows (as ``choose`` does), and what their scores are."""
+    ends = num_cards // 3
     if num_cards == num_ids:
         words = f"All {num_ids} images of the list."
-    elif scores.iou:
-        ends = num_cards // 3
+    elif num_scored >= num_cards:
         words = (
-            f"{num_cards} of {num_ids} images: the {ends} worst, the {ends} best, and "
-            "evenly those between."
+            f"{num_cards} of {num_scored} images with a score: the {ends} worst, the {ends} best, "
+            "and evenly those between."
         )
     else:
-        words = f"{num_cards} of {num_ids} images, evenly from the list."
-    if scores.iou:
+        words = (
+            f"{num_cards} of {num_ids} images: {num_scored} with a score, the others evenly from "
+            "the list."
+        )
+    if num_scored:
         words += (
             " The IoU of an image is the mean over the labels, background among them, that its "
             "mask or its prediction holds."
