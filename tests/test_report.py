@@ -228,7 +228,7 @@ def test_scores_are_what_counting_gives(world, page):
     table = page.table(0)
     walk = world.figures(world.walks)
     cam = world.figures({i: world.cam_label(i) for i in IDS})
-    for title, expected in (("random walk", walk), ("CAM, background 0.2", cam)):
+    for title, expected in (("random walk", walk), ("CAM, background score 0.2", cam)):
         assert list(table[title].values()) == [
             text_of(expected["miou"]),
             text_of(expected["accuracy"]),
@@ -268,7 +268,7 @@ def test_thresholds_are_what_scoring_one_by_one_gives(kind, title, thresholds, w
 
 def test_best_thresholds_stand_in_the_table(world, page):
     for title, name, options in (
-        ("best background", "background", [i / 100 for i in range(61)]),
+        ("best background score", "background", [i / 100 for i in range(61)]),
         ("best alpha", "alpha", range(1, 65)),
     ):
         scored = [world.figures({i: world.cam_label(i, **{name: t}) for i in IDS}) for t in options]
@@ -298,7 +298,7 @@ def test_classes_that_occur_have_a_row(world, page):
         label = LABELS.index(name)
         numbers = [cam[label][0], *walk[label]]
         assert list(row.values()) == [text_of(number) for number in numbers]
-    assert any("1 classes" in words for words in page.words["p"])
+    assert any("predicted: 1." in words for words in page.words["p"])
 
 
 def test_bars_are_as_long_as_the_table_says(world, monkeypatch):
@@ -461,7 +461,7 @@ def test_folders_that_are_not_named_are_left_out(world):
     assert any("2 of 4 images with a score: the 0 worst" in words for words in page.words["p"])
 
     page = make_page(world.root, "--cam cam", "cam.html")
-    assert next(iter(page.table(0))) == "CAM, background 0.2"
+    assert next(iter(page.table(0))) == "CAM, background score 0.2"
     titles = [panel["caption"].partition("|")[0] for panel in page.card("b")["panels"]]
     assert titles[-3:] == ["CAM", "mask", "differences"]
 

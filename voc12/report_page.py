@@ -38,7 +38,7 @@ SCORE_NOTE = (
     "they add up to 100. Pseudo labels are scored on train and val, whose masks are official; "
     "those to train a segmenter with are made on train_aug."
 )
-SWEEP_WORDS = {"bg": "background", "alpha": "alpha"}
+SWEEP_WORDS = {"bg": "background score", "alpha": "alpha"}
 
 
 class Panel(NamedTuple):
@@ -216,7 +216,7 @@ def score_table(results: Mapping[str, dict], sweeps: Mapping[str, dict]) -> Tabl
     """
     scored = {}
     if CAM in results:
-        scored[f"CAM, background {BACKGROUND_SCORE:g}"] = results[CAM]
+        scored[f"CAM, background score {BACKGROUND_SCORE:g}"] = results[CAM]
     for kind, result in sweeps.items():
         scored[f"CAM, best {SWEEP_WORDS[kind]}: {result['best'][kind]:g}"] = result["best"]
     if WALK in results:
@@ -258,7 +258,7 @@ def class_table(results: Mapping[str, dict]) -> Table:
     note = f"CAM: with a background score of {BACKGROUND_SCORE:g}. " if CAM in results else ""
     note += f"Precision and recall: {list(results)[-1]}."
     if absent:
-        note += f" {absent} classes are neither in the masks nor predicted."
+        note += f" Classes neither in the masks nor predicted: {absent}."
     return Table(list(columns), rows, note)
 
 
