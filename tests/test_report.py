@@ -837,11 +837,12 @@ def test_nothing_sticks_out(size, opened, world):
     assert opened.evaluate("document.documentElement.scrollWidth") == size[0]
 
 
-def test_dark_mode_is_dark(opened):
+def test_dark_mode_is_dark(opened, world):
     paper = "getComputedStyle(document.body).backgroundColor"
     plot = "document.querySelector('.plot img').currentSrc"
     light = opened.evaluate(paper), opened.evaluate(plot)
     opened.emulate(*DESKTOP, dark=True)
+    opened.open(world.root / "out" / "report.html")
     dark = opened.evaluate(paper), opened.evaluate(plot)
     brightness = [sum(map(int, re.findall(r"\d+", colour))) / 3 for colour, _ in (light, dark)]
     assert brightness[0] > 200
