@@ -11,20 +11,22 @@ Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
-from tool.crf import background_and_maps, dense_crf
+from tool.crf import BACKENDS, background_and_maps, choose_backend, dense_crf
 from tool.distributed import choose_device, seed_generators
 from tool.errors import UsageError
 from tool.loading import load, single
 from tool.maps import save_index_png, save_maps
 from tool.weights import load_for_inference
+from tool.workers import WorkerPool
 from voc12.data import (
     MultiScaleSet,
     add_devkit_arguments,
@@ -32,6 +34,9 @@ from voc12.data import (
     open_devkit,
     read_ids,
 )
+
+# Below this many images, worker processes would take longer to start than they save.
+FEW_IMAGES = 16
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,6 +52,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_ha_crf", metavar="DIR", help="folder for CRF scores with the high alpha")
     add("--out_cam_pred", metavar="DIR", help="folder for index images, background score 0.2")
     add(
+        "--crf_backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="what computes the dense CRF; both give the same, auto takes torch, the faster one",
+    )
+    add(
+        "--crf_workers",
+        type=cli.non_negative_int,
+        help="processes that compute CRFs on a CPU while the network sees the next image; 0 "
+        "computes them in the program itself (default: the cores besides one, at most 8; 0 for "
+        f"fewer than {FEW_IMAGES} images); on CUDA, torch needs none",
+    )
+    add(
         "--scales",
         nargs="+",
         type=cli.positive_float,
@@ -56,26 +74,48 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_outputs(
-    args: argparse.Namespace, image_id: str, image: np.ndarray, classes: Sequence[int], cam: Tensor
+def crf_outputs(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """The folders for CRF scores that were named, each with its alpha."""
+    outputs = ((args.out_la_crf, args.low_alpha), (args.out_ha_crf, args.high_alpha))
+    return [(folder, alpha) for folder, alpha in outputs if folder]
+
+
+def write_cam(
+    args: argparse.Namespace, image_id: str, classes: Sequence[int], maps: np.ndarray
 ) -> None:
-    """Write one image's maps (``cam``: present classes x H x W) to the folders that were named."""
-    maps = cam.cpu().numpy()
+    """Write one image's maps (present classes x H x W), and the labels that they give at once."""
     if args.out_cam:
         save_maps(Path(args.out_cam, f"{image_id}.npy"), dict(zip(classes, maps, strict=True)))
     if args.out_cam_pred:
         label = index_image(fixed_background_label(maps, BACKGROUND_SCORE), classes)
         save_index_png(Path(args.out_cam_pred, f"{image_id}.png"), label)
-    crf_outputs = [
-        (folder, alpha)
-        for folder, alpha in ((args.out_la_crf, args.low_alpha), (args.out_ha_crf, args.high_alpha))
-        if folder
-    ]
-    if crf_outputs:
-        score_sets = [background_and_maps(maps, alpha) for _, alpha in crf_outputs]
-        for (folder, _), scores in zip(crf_outputs, dense_crf(image, score_sets), strict=True):
-            keys = [0, *(k + 1 for k in classes)]
-            save_maps(Path(folder, f"{image_id}.npy"), dict(zip(keys, scores, strict=True)))
+
+
+def write_crf_scores(
+    outputs: Sequence[tuple[str, float]],
+    backend: str,
+    device: torch.device,
+    image_id: str,
+    image: np.ndarray,
+    classes: Sequence[int],
+    maps: np.ndarray,
+) -> None:
+    """Write one image's CRF scores to each of the outputs, (folder, alpha)."""
+    score_sets = [background_and_maps(maps, alpha) for _, alpha in outputs]
+    results = dense_crf(image, score_sets, backend=backend, device=device)
+    for (folder, _), scores in zip(outputs, results, strict=True):
+        keys = [0, *(k + 1 for k in classes)]
+        save_maps(Path(folder, f"{image_id}.npy"), dict(zip(keys, scores, strict=True)))
+
+
+def count_crf_workers(args: argparse.Namespace, images: int, device: torch.device) -> int:
+    """How many processes compute CRFs, besides this one."""
+    if device.type == "cuda" and args.crf_backend == "torch":
+        return 0
+    if args.crf_workers is not None:
+        return args.crf_workers
+    # Starting a process takes as long as some ten CRFs.
+    return cli.default_num_workers(cores_kept=1) if images >= FEW_IMAGES else 0
 
 
 @torch.no_grad()
@@ -83,12 +123,19 @@ def infer(
     net: nn.Module, dataset: MultiScaleSet, args: argparse.Namespace, device: torch.device
 ) -> None:
     """Write every image's outputs."""
+    outputs = crf_outputs(args)
+    write_crf = partial(write_crf_scores, outputs, args.crf_backend, device)
+    num_workers = count_crf_workers(args, len(dataset), device)
     samples = load(dataset, range(len(dataset)), 1, args.num_workers, collate=single)
-    for sample in cli.progress(samples, "infer_cls", total=len(dataset)):
-        classes = np.flatnonzero(sample.label).tolist()
-        size = sample.image.shape[:2]
-        cam = multi_scale_cam(net, [pair.to(device) for pair in sample.scaled], size, classes)
-        write_outputs(args, sample.image_id, sample.image, classes, cam)
+    with WorkerPool(write_crf, num_workers, "--crf_workers") as crf_pool:
+        for sample in cli.progress(samples, "infer_cls", total=len(dataset)):
+            classes = np.flatnonzero(sample.label).tolist()
+            size = sample.image.shape[:2]
+            cam = multi_scale_cam(net, [pair.to(device) for pair in sample.scaled], size, classes)
+            maps = cam.cpu().numpy()
+            write_cam(args, sample.image_id, classes, maps)
+            if outputs:
+                crf_pool.submit(sample.image_id, sample.image, classes, maps)
 
 
 def check_output_folders(args: argparse.Namespace) -> None:
@@ -107,6 +154,7 @@ def check_output_folders(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     check_output_folders(args)
+    args.crf_backend = choose_backend(args.crf_backend)
     device = choose_device(args.device)
     seed_generators(args.seed)
     devkit = open_devkit(args)

@@ -197,9 +197,9 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def default_num_workers() -> int:
-    """Loader processes: the released code's 8, or the number of cores where less."""
-    return min(8, os.cpu_count() or 1)
+def default_num_workers(cores_kept: int = 0) -> int:
+    """Helper processes: the released code's 8, or what cores there are besides those kept."""
+    return min(8, max(0, (os.cpu_count() or 1) - cores_kept))
 
 
 def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:

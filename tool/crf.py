@@ -1,23 +1,46 @@
 """Dense CRF (Krähenbühl and Koltun 2011) that sharpens class scores along the image's edges.
 
-The inference is pydensecrf's; the parameters are those of the released code.
+Two backends give the same numbers (within 1e-4): ``torch``, this project's own, on any device;
+and ``pydensecrf``, the module that the released code used. The parameters are the released code's.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from tool.errors import DataError
+from tool.errors import UsageError
+from tool.lattice import GaussianFilter
+from tool.random_walk import background_map
 
+BACKENDS = ("torch", "pydensecrf")
 # Scores below this count as this, so that their logarithm is finite.
 SCORE_FLOOR = 1e-5
+# Filters of this many image sizes are kept; one of 500 x 375 pixels takes 11 MB.
+CACHED_SIZES = 4
+# A mean-field step goes over the pixels in parts with this many values, so that no temporary array
+# leaves a CPU's cache.
+VALUES_AT_ONCE = 2**19
 
 
 def background_and_maps(maps: np.ndarray, alpha: float) -> np.ndarray:
     """[(1 - the largest score)^alpha, the maps]: K x H x W -> float32 (K + 1) x H x W, not summing
     to one (eq. 2)."""
-    background = (1 - np.max(maps, axis=0, keepdims=True, initial=0)) ** alpha
-    return np.concatenate([background, maps]).astype(np.float32)
+    maps = torch.from_numpy(np.ascontiguousarray(maps, np.float32))
+    return torch.cat([background_map(maps, alpha)[None], maps]).numpy()
+
+
+def choose_backend(name: str) -> str:
+    """The backend that ``--crf_backend`` names; ``auto`` takes torch.
+
+    (It was the faster one with any number of threads and labels: ``python3 -m tool.bench crf``.)
+    Raises UsageError for pydensecrf where it is not installed.
+    """
+    if name == "pydensecrf":
+        _pydensecrf()
+    return "torch" if name == "auto" else name
 
 
 def dense_crf(
@@ -29,34 +52,123 @@ def dense_crf(
     bilateral_sxy: float = 80,
     bilateral_srgb: float = 13,
     bilateral_compat: float = 10,
+    backend: str = "torch",
+    device: torch.device | str = "cpu",
 ) -> list[np.ndarray]:
     """Label probabilities after ``steps`` mean-field steps, for each set of scores of one image.
 
     ``image`` is uint8 H x W x 3 RGB; each set is labels x H x W in 0..1 (sets of one image have the
     same number of labels). The unary term is -log of the score; sxy are pixels, srgb gray levels,
-    compat weights of the Potts terms; kernels are diagonal with symmetric normalization. Returns
-    float32 arrays of the sets' shapes, which sum to one over the labels.
+    compat weights of the Potts terms; kernels are diagonal with symmetric normalization.
+    ``device`` is the torch backend's. Returns float32 arrays of the sets' shapes, which sum to one
+    over the labels. Raises UsageError where the backend is not installed.
     """
     height, width = image.shape[:2]
     labels = {scores.shape[0] for scores in score_sets}
     if any(scores.shape[1:] != (height, width) for scores in score_sets) or len(labels) != 1:
         shapes = [scores.shape for scores in score_sets]
         raise ValueError(f"score sets {shapes} do not fit an image of {height} x {width}")
-    model = _pydensecrf().DenseCRF2D(width, height, labels.pop())
-    model.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
-    model.addPairwiseBilateral(
-        sxy=bilateral_sxy,
-        srgb=bilateral_srgb,
-        rgbim=np.ascontiguousarray(image),
-        compat=bilateral_compat,
+    image = np.ascontiguousarray(image)
+    log_scores = np.log(np.clip(np.stack(score_sets), SCORE_FLOOR, 1)).astype(np.float32)
+    gaussian = (gaussian_sxy, gaussian_compat)
+    bilateral = (bilateral_sxy, bilateral_srgb, bilateral_compat)
+    if backend == "pydensecrf":
+        return _pydensecrf_inference(image, log_scores, steps, gaussian, bilateral)
+    return _torch_inference(image, log_scores, steps, gaussian, bilateral, torch.device(device))
+
+
+@torch.no_grad()
+def _torch_inference(
+    image: np.ndarray,
+    log_scores: np.ndarray,
+    steps: int,
+    gaussian: tuple[float, float],
+    bilateral: tuple[float, float, float],
+    device: torch.device,
+) -> list[np.ndarray]:
+    (gaussian_sxy, gaussian_compat), (sxy, srgb, bilateral_compat) = gaussian, bilateral
+    pixels = torch.from_numpy(image).to(device)
+    filters = [
+        (_position_filter(*image.shape[:2], gaussian_sxy, device), gaussian_compat),
+        (_bilateral_filter(pixels, sxy, srgb), bilateral_compat),
+    ]
+    probabilities = mean_field(torch.from_numpy(log_scores).to(device).flatten(2), filters, steps)
+    return list(probabilities.view(log_scores.shape).cpu().numpy())
+
+
+def mean_field(
+    log_scores: Tensor, filters: Sequence[tuple[GaussianFilter, float]], steps: int
+) -> Tensor:
+    """Krähenbühl and Koltun's algorithm 1 with Potts terms, for several problems side by side.
+
+    ``log_scores`` (the negative unary terms) is sets x labels x N; each filter comes with its
+    weight. Returns the probabilities, of the same shape.
+    """
+    sets, labels, pixels = log_scores.shape
+    probabilities = torch.softmax(log_scores, dim=1)
+    # The filters read and write whole rows, one a pixel.
+    rows = log_scores.new_empty(pixels, sets * labels)
+    rows_at_once = max(1, VALUES_AT_ONCE // (sets * labels))
+    for _ in range(steps):
+        rows.copy_(probabilities.view(-1, pixels).t())
+        lattices = [kernel.spread(rows) for kernel, _ in filters]
+        for start in range(0, pixels, rows_at_once):
+            stop = min(start + rows_at_once, pixels)
+            # Potts: what a label gains from its neighbours is what the others lose, up to a
+            # constant.
+            logits = log_scores[:, :, start:stop]
+            for (kernel, weight), lattice in zip(filters, lattices, strict=True):
+                message = kernel.read(lattice, start, stop)
+                logits = torch.add(logits, message.t().unflatten(0, (sets, labels)), alpha=weight)
+            probabilities[:, :, start:stop] = torch.softmax(logits, dim=1)
+    return probabilities
+
+
+@lru_cache(CACHED_SIZES)
+def _position_filter(height: int, width: int, sxy: float, device: torch.device) -> GaussianFilter:
+    return GaussianFilter(_positions(height, width, sxy, device))
+
+
+def _bilateral_filter(image: Tensor, sxy: float, srgb: float) -> GaussianFilter:
+    height, width, channels = image.shape
+    colours = image.reshape(-1, channels).t().float()
+    positions = _positions(height, width, sxy, image.device)
+    return GaussianFilter(torch.cat([positions, _divided(colours, srgb)]))
+
+
+def _positions(height: int, width: int, sxy: float, device: torch.device) -> Tensor:
+    """x / sxy and y / sxy of each pixel, float32 2 x H * W."""
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float32, device=device),
+        torch.arange(width, dtype=torch.float32, device=device),
+        indexing="ij",
     )
+    return _divided(torch.stack([x, y]).flatten(1), sxy)
+
+
+def _divided(numbers: Tensor, divisor: float) -> Tensor:
+    # On CUDA, dividing by a Python number would multiply by its reciprocal, which rounds otherwise.
+    return numbers / torch.full((), divisor, device=numbers.device)
+
+
+def _pydensecrf_inference(
+    image: np.ndarray,
+    log_scores: np.ndarray,
+    steps: int,
+    gaussian: tuple[float, float],
+    bilateral: tuple[float, float, float],
+) -> list[np.ndarray]:
+    (gaussian_sxy, gaussian_compat), (sxy, srgb, bilateral_compat) = gaussian, bilateral
+    height, width = image.shape[:2]
+    model = _pydensecrf().DenseCRF2D(width, height, log_scores.shape[1])
+    model.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
+    model.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=bilateral_compat)
     # The pairwise terms are built once; each set only exchanges the unary term.
     results = []
-    for scores in score_sets:
-        unary = -np.log(np.clip(scores, SCORE_FLOOR, 1)).astype(np.float32)
-        model.setUnaryEnergy(np.ascontiguousarray(unary.reshape(len(scores), -1)))
+    for unary in -log_scores:
+        model.setUnaryEnergy(unary.reshape(len(unary), -1))
         probabilities = np.array(model.inference(steps), dtype=np.float32)
-        results.append(probabilities.reshape(scores.shape))
+        results.append(probabilities.reshape(unary.shape))
     return results
 
 
@@ -64,8 +176,8 @@ def _pydensecrf():
     try:
         import pydensecrf.densecrf
     except ImportError as error:
-        raise DataError(
-            "the dense CRF needs the module pydensecrf: pip install pydensecrf2 "
-            "(needs g++ and Python 3.10 to 3.12), or leave out the CRF's output folders."
+        raise UsageError(
+            "--crf_backend pydensecrf: the module is not installed; pip install pydensecrf2 (needs "
+            "g++ and Python 3.10 to 3.12), or take --crf_backend torch, which gives the same."
         ) from error
     return pydensecrf.densecrf

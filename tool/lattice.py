@@ -1,0 +1,276 @@
+"""Gaussian filtering on the permutohedral lattice.
+
+A. Adams, J. Baek and M. A. Davis, *Fast High-Dimensional Filtering Using the Permutohedral
+Lattice*, Eurographics 2010. A pixel with d features lies in a simplex of the lattice. Its value is
+spread over the simplex' d + 1 vertices (splat), the lattice points exchange values with their
+neighbours along d + 1 axes (blur), and the pixel reads its vertices back (slice). All three are
+sparse matrices that depend on the features alone: the lattice is built once, and any number of
+values goes through at once.
+
+Which simplex a pixel lies in follows pydensecrf to the last bit of float32, ties included: in a
+flat area one bit moves thousands of pixels.
+"""
+
+import math
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# pydensecrf places this many pixels at once and fills the last group up with zero features. Their
+# simplex' vertices become lattice points, too, and pass values on.
+PIXELS_AT_ONCE = 4
+# Simplices are computed for this many pixels at a time, to stay in a CPU's cache.
+PIXELS_IN_CACHE = 2**16
+# Keeps the norm of a pixel finite, as pydensecrf does.
+NORM_FLOOR = 1e-20
+
+
+class SparseRows(NamedTuple):
+    """A sparse matrix by rows (CSR): row i has the entries offsets[i] to offsets[i + 1] - 1."""
+
+    columns: Tensor  # int32
+    weights: Tensor  # float32
+    offsets: Tensor  # int32
+
+    def __matmul__(self, values: Tensor) -> Tensor:
+        """Columns x C -> rows x C."""
+        # Twice as fast as torch.sparse on a CPU, and does not need MKL.
+        return torch.embedding_bag(
+            values,
+            self.columns,
+            self.offsets,
+            mode=0,  # sum
+            per_sample_weights=self.weights,
+            include_last_offset=True,
+        )[0]
+
+
+class GaussianFilter:
+    """D^-1/2 K D^-1/2, where K is the Gaussian kernel of pixels' features and D = diag(K 1).
+
+    ``features`` is d x N, float32, in units of the kernel's standard deviation. Raises ValueError
+    if they span more lattice points than an integer can number.
+    """
+
+    def __init__(self, features: Tensor):
+        dimension, pixels = features.shape
+        simplices, weights, strides = _enclosing_simplices(_filled_up(features))
+        keys, vertices = _lattice_points(simplices, strides)
+        self._points = len(keys)
+        self._slice = SparseRows(
+            vertices[:pixels].reshape(-1),
+            weights[:pixels].reshape(-1),
+            _row_offsets(pixels, dimension + 1, features.device),
+        )
+        # Rows of the splat are a few pixels long or thousands: a GPU adds them up in place.
+        self._splat = None if features.is_cuda else _transposed(self._slice, self._points + 1)
+        self._blurs = _blurs(keys, strides)
+        self._normalize(pixels)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """N x C, float32, contiguous -> N x C."""
+        return self.read(self.spread(values), 0, len(values))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Splat and blur: N x C, float32, contiguous -> points x C, for ``read``."""
+        points = self._added_up(values) if self._splat is None else self._splat @ values
+        for blur in self._blurs:
+            points = blur @ points
+        return points
+
+    def read(self, points: Tensor, start: int, stop: int) -> Tensor:
+        """Slice: the filtered values of pixels start to stop - 1, (stop - start) x C."""
+        columns, weights, offsets = self._slice
+        vertices = len(self._blurs)
+        entries = slice(start * vertices, stop * vertices)
+        return SparseRows(columns[entries], weights[entries], offsets[: stop - start + 1]) @ points
+
+    def _added_up(self, values: Tensor) -> Tensor:
+        """What ``self._splat @ values`` is, by atomic additions."""
+        pixels, channels = values.shape
+        added = self._slice.weights.view(pixels, -1, 1) * values[:, None]
+        points = values.new_zeros(self._points + 1, channels)
+        return points.index_add_(0, self._slice.columns, added.view(-1, channels))
+
+    def _normalize(self, pixels: int) -> None:
+        """Turn K into the normalized kernel: fold D^-1/2 into the weights on both sides."""
+        kernel_sums = self(self._slice.weights.new_ones(pixels, 1))[:, 0]
+        norm = (kernel_sums.double() + NORM_FLOOR).rsqrt_().float()
+        self._slice.weights.view(pixels, -1).mul_(norm[:, None])
+        if self._splat is not None:
+            self._splat.weights.mul_(norm.index_select(0, self._splat.columns))
+
+
+def _filled_up(features: Tensor) -> Tensor:
+    dimension, pixels = features.shape
+    if pixels % PIXELS_AT_ONCE == 0:
+        return features
+    return torch.cat([features, features.new_zeros(dimension, 1)], dim=1)
+
+
+def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The simplex of each pixel, and the pixel's barycentric weights in it.
+
+    Returns the simplices' numbers, int64 N; the weights, float32 N x (d + 1), by the vertices'
+    remainder; and the strides. A lattice point's *key* is the sum of strides[i] times its i-th
+    coordinate from the lowest one on (the last coordinate follows from the others: stride 0). A
+    simplex' number packs its vertex of remainder 0 and its order of coordinates, with
+    ``_vertex_keys`` to unpack it.
+    """
+    dimension, pixels = features.shape
+    lowest, spans = _bounds(features)
+    if math.prod(spans) * (dimension + 1) ** dimension >= 2**63:
+        raise ValueError(f"features span {spans} lattice cells, too many to number")
+    strides = [math.prod(spans[i + 1 :]) for i in range(dimension)] + [0]
+    simplices = features.new_zeros(pixels, dtype=torch.int64)
+    weights = features.new_empty(pixels, dimension + 1)
+    for start in range(0, pixels, PIXELS_IN_CACHE):
+        part = slice(start, start + PIXELS_IN_CACHE)
+        origins, ranks, barycentric = _place(_elevated(features[:, part]))
+        weights[part] = barycentric.t()
+        numbers = simplices[part]
+        for origin, low, stride in zip(origins[:-1], lowest, strides, strict=False):
+            numbers += (origin - low).long() * stride
+        for rank in ranks[:-1]:
+            numbers.mul_(dimension + 1).add_(rank)
+    return simplices, weights, strides
+
+
+def _bounds(features: Tensor) -> tuple[list[int], list[int]]:
+    """Of the coordinates of pixels' vertices and of their neighbours: lowest value, and range."""
+    dimension = len(features)
+    low, high = (bound[:, None] for bound in features.aminmax(dim=1))
+    elevation = _elevated(torch.eye(dimension, device=features.device))[:-1]
+    rising, falling = elevation.clamp(min=0), elevation.clamp(max=0)
+    bounds = torch.cat([rising @ low + falling @ high, rising @ high + falling @ low], dim=1)
+    # An origin is at most 3/2 (d + 1) from its pixel, a vertex d from the origin, and its
+    # neighbours d further.
+    margin = 4 * (dimension + 1)
+    bounds = bounds.round().long() + torch.tensor([-margin, margin], device=bounds.device)
+    lowest, highest = bounds.t().tolist()
+    return lowest, [last - first + 1 for first, last in zip(lowest, highest, strict=True)]
+
+
+def _float32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
+def _elevated(features: Tensor) -> Tensor:
+    """Features on the plane of d + 1 coordinates that sum to zero (p. 5): d x N -> (d + 1) x N."""
+    dimension = len(features)
+    # A filter of standard deviation 1 in the features, the blur's own taken into account (p. 6).
+    deviation = _float32(math.sqrt(2 / 3) * (dimension + 1))
+    elevated = features.new_empty(dimension + 1, features.shape[1])
+    total = torch.zeros_like(features[0])
+    for i in range(dimension, 0, -1):
+        scaled = features[i - 1] * _float32(1 / math.sqrt((i + 1) * i) * deviation)
+        torch.sub(total, scaled * i, out=elevated[i])
+        total += scaled
+    elevated[0] = total
+    return elevated
+
+
+def _place(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex of each pixel, and where in it the pixel lies (p. 5, p. 10).
+
+    Returns three tensors (d + 1) x N: the simplex' vertex of remainder 0, float32, multiples of
+    d + 1; the rank of each coordinate's distance from it, int8, 0 the largest; and the barycentric
+    weight of the vertex of each remainder, float32.
+    """
+    dimension = len(elevated) - 1
+    inverse = _float32(1 / (dimension + 1))
+    origins = (elevated * inverse).round_()
+    excess = origins.sum(dim=0).to(torch.int8)
+    origins *= dimension + 1
+    distances = elevated - origins
+    ranks = torch.arange(dimension + 1, dtype=torch.int8, device=elevated.device)[:, None] + excess
+    for i, j in combinations(range(dimension + 1), 2):
+        less = (distances[i] < distances[j]).view(torch.int8)
+        ranks[i] += less
+        ranks[j] -= less
+    # Coordinates that were rounded too far bring the point back onto the plane.
+    shift = (ranks < 0).to(torch.int8) - (ranks > dimension).to(torch.int8)
+    shift *= dimension + 1
+    ranks += shift
+    origins += shift
+
+    distances = (elevated - origins) * inverse
+    ascending = torch.empty_like(distances).scatter_(0, dimension - ranks.long(), distances)
+    weights = torch.empty_like(ascending)
+    torch.sub(ascending[1:], ascending[:-1], out=weights[1:])
+    torch.add(ascending[0], 1 - ascending[-1], out=weights[0])
+    return origins, ranks, weights
+
+
+def _lattice_points(simplices: Tensor, strides: list[int]) -> tuple[Tensor, Tensor]:
+    """Number the lattice points that are a vertex of some simplex.
+
+    Returns their keys in ascending order, int64; and each pixel's vertices by remainder as places
+    in the keys, int32 N x (d + 1).
+    """
+    # Many pixels share a simplex: only the simplices' vertices are sorted.
+    simplices, simplex_of_pixel = torch.unique(simplices, return_inverse=True)
+    keys, vertices = torch.unique(_vertex_keys(simplices, strides), return_inverse=True)
+    vertices = vertices.t().to(torch.int32, memory_format=torch.contiguous_format)
+    return keys, vertices.index_select(0, simplex_of_pixel)
+
+
+def _vertex_keys(simplices: Tensor, strides: list[int]) -> Tensor:
+    """Keys of the simplices' vertices, (d + 1) x simplices, by remainder."""
+    dimension = len(strides) - 1
+    # From one remainder to the next, all coordinates grow by 1 but one, which falls by d: the
+    # one of the smallest distance first.
+    steps = simplices.new_full((dimension + 1, len(simplices)), sum(strides))
+    keys = simplices
+    for i in reversed(range(dimension)):
+        remaining = keys // (dimension + 1)
+        rank = keys - remaining * (dimension + 1)
+        steps.scatter_(0, (dimension - rank)[None], sum(strides) - (dimension + 1) * strides[i])
+        keys = remaining
+    return torch.cat([keys[None], steps[:-1]]).cumsum_(0)
+
+
+def _blurs(keys: Tensor, strides: list[int]) -> list[SparseRows]:
+    """One axis' blur each: a point plus half of its two neighbours.
+
+    A neighbour that is no point of the lattice is the one behind the last, which holds zero.
+    """
+    points = len(keys)
+    numbers = torch.arange(points + 1, dtype=torch.int32, device=keys.device)
+    weights = torch.tensor([1, 0.5, 0.5], device=keys.device).repeat(points + 1)
+    offsets = _row_offsets(points + 1, 3, keys.device)
+    blurs = []
+    for stride in strides:
+        # Along an axis, its coordinate changes by d and every other by -1.
+        wanted = keys + len(strides) * stride - sum(strides)
+        found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=points - 1)
+        found = torch.where(keys[found] == wanted, found, points)
+        columns = torch.full((points + 1, 3), points, dtype=torch.int32, device=keys.device)
+        columns[:, 0] = numbers
+        columns[:-1, 1] = found
+        columns[:, 2].scatter_(0, found.long(), numbers[:-1])
+        columns[-1] = points
+        blurs.append(SparseRows(columns.view(-1), weights, offsets))
+    # The kernel's factor (p. 10). The norm cancels it, but long float32 sums round alike only
+    # where they have pydensecrf's scale.
+    blurs[-1] = blurs[-1]._replace(weights=weights / (1 + 2.0 ** (1 - len(strides))))
+    return blurs
+
+
+def _transposed(matrix: SparseRows, columns: int) -> SparseRows:
+    """The transposed of a matrix with that many columns and equally many entries in each row."""
+    entries_per_row = len(matrix.columns) // (len(matrix.offsets) - 1)
+    # Stable: each sum runs over the pixels in their order, as pydensecrf's does.
+    rows, order = torch.sort(matrix.columns, stable=True)
+    starts = torch.arange(columns + 1, dtype=torch.int32, device=rows.device)
+    return SparseRows(
+        (order // entries_per_row).int(),
+        matrix.weights.index_select(0, order),
+        torch.searchsorted(rows, starts, out_int32=True),
+    )
+
+
+def _row_offsets(rows: int, entries: int, device: torch.device) -> Tensor:
+    return torch.arange(0, rows * entries + 1, entries, dtype=torch.int32, device=device)
