@@ -1,12 +1,33 @@
-"""The dense CRF around pydensecrf: scores in, probabilities out, and what may never happen."""
+"""The dense CRF, with each backend: scores in, probabilities out, and what may never happen."""
+
+import importlib.util
+import sys
 
 import numpy as np
 import pytest
+import torch
 from golden import recipe
+from PIL import Image
 
-from tool.crf import background_and_maps, dense_crf
+import tool.crf
+import tool.lattice
+from tool.crf import BACKENDS, background_and_maps, choose_backend, dense_crf
+from tool.errors import UsageError
 
 HEIGHT, WIDTH = 24, 33
+TOLERANCE = 1e-4  # of probabilities, against pydensecrf
+EQUAL_LABELS = 0.9999
+
+needs_pydensecrf = pytest.mark.skipif(
+    importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"
+)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "pydensecrf":
+        pytest.importorskip("pydensecrf.densecrf")
+    return request.param
 
 
 @pytest.fixture
@@ -20,9 +41,15 @@ def maps():
     return np.stack([cam[4], cam[14]])
 
 
-def _crf(image, scores, **parameters) -> np.ndarray:
-    (result,) = dense_crf(image, [scores], **parameters)
-    return result
+@pytest.fixture
+def crf(backend):
+    """``crf(image, scores)``: the probabilities of one score set."""
+
+    def run(image, scores, **parameters) -> np.ndarray:
+        (result,) = dense_crf(image, [scores], backend=backend, **parameters)
+        return result
+
+    return run
 
 
 def test_background_comes_first_and_nothing_is_renormalized():
@@ -38,75 +65,75 @@ def test_background_without_maps_is_one():
     assert np.array_equal(scores, np.ones((1, 2, 3)))
 
 
-def test_probabilities_sum_to_one_in_the_shape_of_the_scores(image, maps):
-    probabilities = _crf(image, background_and_maps(maps, 4))
+def test_probabilities_sum_to_one_in_the_shape_of_the_scores(crf, image, maps):
+    probabilities = crf(image, background_and_maps(maps, 4))
     assert probabilities.shape == (3, HEIGHT, WIDTH)
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
     assert (probabilities >= 0).all()
 
 
-def test_several_score_sets_equal_separate_calls(image, maps):
+def test_several_score_sets_equal_separate_calls(crf, image, maps, backend):
     score_sets = [background_and_maps(maps, alpha) for alpha in (4, 32, 4)]
-    together = dense_crf(image, score_sets)
+    together = dense_crf(image, score_sets, backend=backend)
     assert len(together) == 3
     for scores, result in zip(score_sets, together, strict=True):
-        assert np.array_equal(result, _crf(image, scores))
+        assert np.array_equal(result, crf(image, scores))
     assert not np.array_equal(together[0], together[1])
 
 
-def test_no_steps_give_the_scores_back_normalized(image, maps):
+def test_no_steps_give_the_scores_back_normalized(crf, image, maps):
     scores = np.clip(background_and_maps(maps, 4), 1e-5, 1)
-    probabilities = _crf(image, scores, steps=0)
+    probabilities = crf(image, scores, steps=0)
     np.testing.assert_allclose(probabilities, scores / scores.sum(axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("score", [0.0, 1e-9, 0.3, 1.0])
-def test_two_labels_of_equal_scores_stay_equal(score, image):
+def test_two_labels_of_equal_scores_stay_equal(crf, score, image):
     scores = np.full((2, HEIGHT, WIDTH), score, np.float32)
-    np.testing.assert_allclose(_crf(image, scores), 0.5, atol=1e-6)
+    np.testing.assert_allclose(crf(image, scores), 0.5, atol=1e-6)
 
 
-def test_single_label_is_certain(image):
-    assert np.array_equal(_crf(image, np.full((1, HEIGHT, WIDTH), 0.2)), np.ones((1, 24, 33)))
+def test_single_label_is_certain(crf, image):
+    assert np.array_equal(crf(image, np.full((1, HEIGHT, WIDTH), 0.2)), np.ones((1, 24, 33)))
 
 
-def test_labels_in_another_order_give_the_same_in_that_order(image, maps):
+def test_labels_in_another_order_give_the_same_in_that_order(crf, image, maps):
     scores = background_and_maps(maps, 4)
     order = [2, 0, 1]
-    np.testing.assert_allclose(_crf(image, scores[order]), _crf(image, scores)[order], atol=1e-5)
+    np.testing.assert_allclose(crf(image, scores[order]), crf(image, scores)[order], atol=1e-5)
 
 
-def test_label_moves_to_the_edge_of_the_image():
+def test_label_moves_to_the_edge_of_the_image(crf):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, 16:] = 255
     scores = np.full((2, 32, 32), 0.4, np.float32)
     scores[0, :, :13] = scores[1, :, 13:] = 0.6  # three columns beside the edge
-    label = _crf(image, scores).argmax(axis=0)
+    label = crf(image, scores).argmax(axis=0)
     assert (label[:, :16] == 0).all()
     assert (label[:, 16:] == 1).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40)])
-def test_image_one_pixel_wide_or_high_works(size):
+def test_image_one_pixel_wide_or_high_works(crf, size):
     image = recipe.synthetic_image(*size, seed=1)
     scores = np.random.default_rng(0).uniform(size=(3, *size)).astype(np.float32)
-    probabilities = _crf(image, scores)
+    probabilities = crf(image, scores)
     assert probabilities.shape == scores.shape
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
 
 
-def test_views_give_the_same_as_copies(image, maps):
+def test_views_give_the_same_as_copies(crf, image, maps):
     mirrored, scores = image[:, ::-1], background_and_maps(maps, 4)[:, :, ::-1]
     assert not mirrored.flags.c_contiguous
-    copies = _crf(mirrored.copy(), scores.copy())
-    assert np.array_equal(_crf(mirrored, scores), copies)
+    copies = crf(mirrored.copy(), scores.copy())
+    assert np.array_equal(crf(mirrored, scores), copies)
 
 
-def test_arguments_are_left_alone(image, maps):
+def test_arguments_are_left_alone(crf, image, maps):
     scores = background_and_maps(maps, 4)
     before = image.copy(), scores.copy()
-    _crf(image, scores)
+    crf(image, scores)
     assert np.array_equal(image, before[0])
     assert np.array_equal(scores, before[1])
 
@@ -115,6 +142,118 @@ def test_arguments_are_left_alone(image, maps):
     "shapes",
     [[(2, WIDTH, HEIGHT)], [(2, HEIGHT, WIDTH + 1)], [(2, HEIGHT, WIDTH), (3, HEIGHT, WIDTH)], []],
 )
-def test_scores_that_do_not_fit_are_a_value_error(shapes, image):
+def test_scores_that_do_not_fit_are_a_value_error(shapes, image, backend):
     with pytest.raises(ValueError, match=f"{HEIGHT} x {WIDTH}"):
-        dense_crf(image, [np.zeros(shape, np.float32) for shape in shapes])
+        dense_crf(image, [np.zeros(shape) for shape in shapes], backend=backend)
+
+
+def test_auto_takes_torch_and_works_without_pydensecrf(image, maps, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    assert choose_backend("auto") == choose_backend("torch") == "torch"
+    dense_crf(image, [background_and_maps(maps, 4)], backend=choose_backend("auto"))
+    with pytest.raises(UsageError, match="pip install pydensecrf2"):
+        choose_backend("pydensecrf")
+
+
+# Against pydensecrf
+
+
+def _photographs(folder, count: int) -> list[np.ndarray]:
+    files = sorted((folder / "JPEGImages").iterdir())
+    return [np.array(Image.open(path)) for path in files[:: len(files) // count][:count]]
+
+
+def _smooth_maps(classes: int, size: tuple[int, int], seed: int) -> np.ndarray:
+    """Blobs of all heights, as CAMs are: classes x H x W in 0..1."""
+    if classes == 0:
+        return np.empty((0, *size), np.float32)
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((classes, max(2, size[0] // 30), max(2, size[1] // 30)), np.float32) ** 2
+    return np.stack(
+        [
+            np.array(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR))
+            for plane in coarse
+        ]
+    )
+
+
+def _assert_backends_agree(
+    image: np.ndarray, classes: int, alphas=(4, 24, 32), device="cpu", tolerance=TOLERANCE
+) -> None:
+    maps = _smooth_maps(classes, image.shape[:2], seed=classes)
+    score_sets = [background_and_maps(maps, alpha) for alpha in alphas]
+    expected = dense_crf(image, score_sets, backend="pydensecrf")
+    for ours, theirs in zip(
+        dense_crf(image, score_sets, backend="torch", device=device), expected, strict=True
+    ):
+        assert np.abs(ours - theirs).max() < tolerance
+        assert (ours.argmax(axis=0) == theirs.argmax(axis=0)).mean() >= EQUAL_LABELS
+
+
+@needs_pydensecrf
+@pytest.mark.parametrize(("place", "classes"), [(0, 1), (1, 2), (2, 3), (3, 5)])
+def test_backends_agree_on_photographs(place, classes, voc_mini):
+    _assert_backends_agree(_photographs(voc_mini, 4)[place][:250, :350], classes)
+
+
+# Where the number of pixels is no multiple of 4, pydensecrf has lattice points of its own.
+@needs_pydensecrf
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 2), (2, 3), (1, 301), (302, 1), (37, 53), (97, 130), (61, 64)]
+)
+@pytest.mark.parametrize("classes", [0, 1, 2])
+def test_backends_agree_on_images_of_any_size(classes, size):
+    _assert_backends_agree(recipe.synthetic_image(*size, seed=1), classes)
+
+
+@needs_pydensecrf
+@pytest.mark.parametrize("level", [0, 128, 255])
+@pytest.mark.parametrize("size", [(1, 1), (20, 30), (375, 500)])
+def test_backends_agree_on_flat_images(size, level):
+    """All colours equal: sums over thousands of pixels, where float32's order of adding shows."""
+    _assert_backends_agree(np.full((*size, 3), level, np.uint8), 2, alphas=(4,))
+
+
+@needs_pydensecrf
+def test_backends_agree_on_21_labels():
+    _assert_backends_agree(recipe.synthetic_image(120, 150, seed=2), 20)
+
+
+@needs_pydensecrf
+@pytest.mark.parametrize("parameters", [{"bilateral_sxy": 20, "bilateral_srgb": 5}, {"steps": 3}])
+def test_backends_agree_on_other_parameters(parameters, image, maps):
+    scores = [background_and_maps(maps, 4)]
+    ours, theirs = (dense_crf(image, scores, backend=name, **parameters) for name in BACKENDS)
+    np.testing.assert_allclose(ours[0], theirs[0], atol=TOLERANCE)
+
+
+@pytest.mark.cuda
+def test_cuda_gives_the_cpus_numbers():
+    image = recipe.synthetic_image(97, 130, seed=2)
+    scores = [background_and_maps(_smooth_maps(2, (97, 130), seed=0), alpha) for alpha in (4, 32)]
+    for cpu, cuda in zip(
+        dense_crf(image, scores), dense_crf(image, scores, device="cuda"), strict=True
+    ):
+        np.testing.assert_allclose(cuda, cpu, atol=1e-3)  # sums in another order
+        assert (cuda.argmax(axis=0) == cpu.argmax(axis=0)).mean() >= EQUAL_LABELS
+
+
+# How the torch backend goes about it must not show
+
+
+@pytest.mark.parametrize("classes", [2, 20])
+def test_parts_and_threads_do_not_show_in_the_result(classes, image, monkeypatch):
+    maps = _smooth_maps(classes, (HEIGHT, WIDTH), seed=0)
+    scores = [background_and_maps(maps, alpha) for alpha in (4, 32)]
+    expected = np.stack(dense_crf(image, scores))
+    monkeypatch.setattr(tool.crf, "VALUES_AT_ONCE", 17 * 2 * (classes + 1))
+    monkeypatch.setattr(tool.lattice, "PIXELS_IN_CACHE", 100)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tool.crf._position_filter.cache_clear()
+            assert np.array_equal(np.stack(dense_crf(image, scores)), expected)
+    finally:
+        torch.set_num_threads(before)

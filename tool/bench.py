@@ -3,6 +3,7 @@
     python3 -m tool.bench random_walk --height 47 --width 63
     python3 -m tool.bench affinity --height 56 --width 56 --channels 448 --batch 8 --json aff.json
     python3 -m tool.bench step --network vgg16_aff --batch 8 --amp bf16
+    python3 -m tool.bench crf --height 375 --width 500 --labels 3 --threads 2
 
 ``step`` says where the time of a training step goes. In the others, baseline and ours take turns in
 one process; the times are medians. The peak memory of each is that of a fresh child process, above
@@ -26,18 +27,23 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tool import cli
 from tool.affinity import pair_affinity, pair_indices, pair_offsets, source_grid
 from tool.bench_step import add_step_arguments, step
+from tool.crf import background_and_maps, choose_backend, dense_crf
 from tool.distributed import choose_device, wait_for
 from tool.maps import atomic_write
 from tool.random_walk import propagate, transition_matrix
 
-# The released code's radius, exponent of the affinities and number of squarings.
+# The released code's radius, exponent of the affinities, number of squarings, and exponents of the
+# background.
 RADIUS, BETA, LOGT = 5, 8, 8
+LOW_ALPHA, HIGH_ALPHA = 4, 32
 
 
 @dataclass
@@ -80,6 +86,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = _benchmark(benchmarks, "step", step, "a training step of a network, by parts")
     add_step_arguments(add)
     cli.add_speed_arguments(benchmarks.choices["step"])
+
+    add = _benchmark(benchmarks, "crf", crf, "the dense CRF of one image, two alphas")
+    add("--height", type=cli.positive_int, default=375, help="rows of the image")
+    add("--width", type=cli.positive_int, default=500, help="columns of the image")
+    add("--labels", type=cli.positive_int, default=3, help="labels, with the background")
     return parser
 
 
@@ -170,6 +181,45 @@ def affinity(args: argparse.Namespace, device: torch.device) -> Contest:
         lambda: with_gradient(gather),
         lambda: with_gradient(lambda features: pair_affinity(features, RADIUS)),
     )
+
+
+def crf(args: argparse.Namespace, device: torch.device) -> Contest:
+    """A photograph-like image and two sets of scores -> label probabilities, filters and all.
+
+    The baseline is pydensecrf, which takes one core and the sets one after the other.
+    """
+    size = (args.height, args.width)
+    image = photograph_like(*size)
+    maps = _noise(args.labels - 1, 64, size).sigmoid().numpy()
+    score_sets = [background_and_maps(maps, alpha) for alpha in (LOW_ALPHA, HIGH_ALPHA)]
+
+    def probabilities(backend: str) -> list[Tensor]:
+        results = dense_crf(image, score_sets, backend=backend, device=device)
+        return [torch.from_numpy(result) for result in results]
+
+    choose_backend("pydensecrf")
+    return Contest(lambda: probabilities("pydensecrf"), lambda: probabilities("torch"))
+
+
+def photograph_like(height: int, width: int) -> np.ndarray:
+    """Gray and coloured noise of all scales: uint8 height x width x 3.
+
+    The amplitudes grow with the scale's root. So an image of 500 x 375 has 0.07 points of the CRF's
+    colour lattice a pixel, which is the median of VOC 2012's photographs.
+    """
+    image = torch.full((3, height, width), 128.0)
+    for scale in (2, 4, 8, 16, 32, 64, 128):
+        amplitude = (scale / 128) ** 0.5
+        gray, colour = _noise(4, scale, (height, width)).split([1, 3])
+        image += amplitude * (40 * gray + 12 * colour)
+    return image.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def _noise(channels: int, scale: int, size: tuple[int, int]) -> Tensor:
+    """Normal noise that changes over ``scale`` pixels: channels x H x W."""
+    grid = [side // scale + 2 for side in size]
+    coarse = torch.randn(1, channels, *grid)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)[0]
 
 
 def measure(contest: Contest, repeats: int, device: torch.device) -> dict[str, float]:

@@ -105,7 +105,7 @@ def mean_field(
     weight. Returns the probabilities, of the same shape.
     """
     sets, labels, pixels = log_scores.shape
-    probabilities = torch.softmax(log_scores, dim=1)
+    probabilities = _softmax(log_scores)
     # The filters read and write whole rows, one a pixel.
     rows = log_scores.new_empty(pixels, sets * labels)
     rows_at_once = max(1, VALUES_AT_ONCE // (sets * labels))
@@ -120,8 +120,18 @@ def mean_field(
             for (kernel, weight), lattice in zip(filters, lattices, strict=True):
                 message = kernel.read(lattice, start, stop)
                 logits = torch.add(logits, message.t().unflatten(0, (sets, labels)), alpha=weight)
-            probabilities[:, :, start:stop] = torch.softmax(logits, dim=1)
+            probabilities[:, :, start:stop] = _softmax(logits)
     return probabilities
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over dimension 1, the same to the last bit in any number of parts and threads.
+
+    torch.softmax and sum go about the last few values of each part in another way.
+    """
+    exponentials = torch.exp(logits - logits.amax(dim=1, keepdim=True))
+    total = sum(exponentials.split(1, dim=1))
+    return exponentials.div_(total)
 
 
 @lru_cache(CACHED_SIZES)

@@ -145,13 +145,18 @@ def _interrupts_held_back() -> Iterator[None]:
 def _serve(connection: Connection, function: Callable) -> None:
     """What a worker does: call the function with whatever comes, answer None or the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Unlike death at once, an exception lets an unfinished file be removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _exit_once)
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the program has ended
         while True:
             args = connection.recv()
             connection.send(_error_of(function, args))
+
+
+def _exit_once(*_) -> None:
+    # Unlike death at once, an exception lets an unfinished file be removed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _error_of(function: Callable, args: tuple) -> Exception | str | None:

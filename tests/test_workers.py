@@ -1,0 +1,141 @@
+"""The pool of worker processes, and infer_cls with it: bounded, honest about failures, stopped."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, contents, noise_image, run_program, write_annotation, write_image
+
+from tool.errors import DataError
+from tool.workers import WorkerPool
+
+
+def write(name: str, folder: Path, what: str) -> None:
+    """What the pools below do. It must be importable: the workers are new processes."""
+    if what == "fail":
+        raise ArithmeticError("seven")
+    if what == "refuse":
+        raise DataError(f"{name} is bad.")
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(60)
+    (folder / name).write_text(f"{os.getpid()}")
+
+
+def _pool(num_workers: int) -> WorkerPool:
+    return WorkerPool(write, num_workers, "--crf_workers")
+
+
+def test_without_workers_calls_run_here(tmp_path):
+    with _pool(0) as pool:
+        pool.submit("one", tmp_path, "write")
+        assert (tmp_path / "one").read_text() == str(os.getpid())
+        with pytest.raises(ArithmeticError):  # as it is, with its traceback
+            pool.submit("two", tmp_path, "fail")
+
+
+def test_all_calls_return_in_at_most_that_many_processes(tmp_path):
+    with _pool(2) as pool:
+        for name in "abcdefgh":
+            pool.submit(name, tmp_path, "write")
+    processes = {path.read_text() for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == set("abcdefgh")
+    assert 1 <= len(processes) <= 2
+    assert str(os.getpid()) not in processes
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("fail", "2007_000032: ArithmeticError: seven .--crf_workers 0 shows where"),
+        ("refuse", "2007_000032 is bad."),
+        ("die", "2007_000032: its worker process died .exit code -9.*fewer --crf_workers"),
+    ],
+)
+def test_failure_names_what_was_computed_and_keeps_what_is_done(what, words, tmp_path):
+    with pytest.raises(DataError, match=words), _pool(1) as pool:
+        pool.submit("done", tmp_path, "write")
+        pool.submit("2007_000032", tmp_path, what)
+        pool.submit("later", tmp_path, "write")
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_an_error_of_the_program_stops_the_calls_under_way(tmp_path):
+    with pytest.raises(KeyError), _pool(1) as pool:
+        pool.submit("asleep", tmp_path, "sleep")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    assert not pool._workers[0]._process.is_alive()
+
+
+# infer_cls
+
+
+@pytest.fixture
+def devkit(tmp_path):
+    """Three images, and the words of a command that computes their CAMs and CRF scores."""
+    names = ("a", "b", "c")
+    for seed, image_id in enumerate(names):
+        write_image(tmp_path / "VOC", image_id, noise_image(160, 200, seed))
+        write_annotation(tmp_path / "VOC", image_id, ["cat", "dog"])
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    return tmp_path
+
+
+COMMAND = (
+    "infer_cls --network network.tiny_cls --weights none --voc12_root VOC --num_workers 0 "
+    "--infer_list list.txt --device cpu"
+)
+
+
+def test_worker_processes_write_the_same_files(devkit):
+    for out, workers in (("here", 0), ("there", 2)):
+        outputs = f"--out_cam {out}/cam --out_la_crf {out}/la --out_ha_crf {out}/ha"
+        run_program(f"{COMMAND} {outputs} --crf_workers {workers}", devkit).check()
+    assert contents(devkit / "here") == contents(devkit / "there")
+    assert len(contents(devkit / "here")) == 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_ends_it_with_one_line_and_whole_files(number, devkit):
+    (devkit / "list.txt").write_text("\n".join("abc" * 400))
+    script, *words = f"{COMMAND} --out_la_crf la --crf_workers 1".split()
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / f"{script}.py", *words],
+        cwd=devkit,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group, as a terminal's Ctrl-C reaches
+    )
+    while not (devkit / "la" / "c.npy").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    time.sleep(0.2)
+    if process.poll() is None:
+        os.killpg(process.pid, number)  # pressed twice
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "interrupted: finished files are kept."
+    assert sorted(path.name for path in (devkit / "la").iterdir()) == ["a.npy", "b.npy", "c.npy"]
+    while _living(process.pid):  # all of them end, or the test's time does
+        time.sleep(0.05)
+
+
+def _living(group: int) -> list[str]:
+    """The processes of a group that have not ended, where /proc tells."""
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, members = path.read_text().rpartition(")")[2].split()[:3]
+            if int(members) == group and state != "Z":
+                states.append(path.parent.name)
+    return states
