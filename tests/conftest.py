@@ -12,7 +12,8 @@ from golden import recipe
 from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
-VOC_MINI = Path(__file__).parents[2] / "shared" / "voc2012_mini"
+SHARED = Path(__file__).parents[2] / "shared"
+VOC_MINI, WEIGHT_SAMPLES = SHARED / "voc2012_mini", SHARED / "weight_samples"
 SEED = 7  # of every golden number
 
 torch.set_num_threads(2)
@@ -93,6 +94,14 @@ def voc_mini():
     if not VOC_MINI.is_dir():
         pytest.skip(f"no {VOC_MINI}")
     return VOC_MINI
+
+
+@pytest.fixture
+def weight_samples():
+    """Small files that Caffe and MXNet wrote, where they lie beside the repository."""
+    if not WEIGHT_SAMPLES.is_dir():
+        pytest.skip(f"no {WEIGHT_SAMPLES}")
+    return WEIGHT_SAMPLES
 
 
 @pytest.fixture

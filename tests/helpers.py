@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import io
 import os
+import pickle
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -108,6 +110,23 @@ def timeless(files: dict[str, bytes]) -> dict[str, bytes]:
         else content
         for name, content in files.items()
     }
+
+
+def npy(payload: bytes, shape: tuple = (), descr: str = "|O") -> bytes:
+    """An .npy file with this payload behind its header."""
+    file = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + payload
+
+
+def dict_pickle(content: dict, protocol: int, core: bytes | None = None) -> bytes:
+    """What numpy.save pickles for a dict, with NumPy 1's or 2's module names where ``core`` says.
+
+    Up to protocol 3 a module's name ends with a line feed, so that it can be exchanged.
+    """
+    pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
+    return pickled if core is None else re.sub(rb"numpy\._?core", core, pickled)
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:

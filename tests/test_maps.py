@@ -1,6 +1,5 @@
 """Maps and index images on disk: exact round trips, whole files, and no code from a file."""
 
-import io
 import os
 import pickle
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import dict_pickle, npy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -27,23 +27,6 @@ from tool.maps import (
     save_npy_dict,
     voc_palette,
 )
-
-
-def _npy(payload: bytes, shape=(), descr="|O") -> bytes:
-    """An .npy file with this payload behind its header."""
-    file = io.BytesIO()
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue() + payload
-
-
-def _dict_payload(content, protocol: int, core: bytes) -> bytes:
-    """What numpy.save pickles for a dict, with NumPy 1's or 2's module names.
-
-    Up to protocol 3 a module's name ends with a line feed, so that it can be exchanged.
-    """
-    pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
-    return re.sub(rb"numpy\._?core", core, pickled)
 
 
 class _Calls:
@@ -100,9 +83,9 @@ def test_label_dict_comes_back(tmp_path, rng):
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_files_of_numpy_1_and_2_and_of_python_2_are_read(core, protocol, tmp_path, rng):
     maps = {4: rng.random((3, 5), np.float32), np.int64(14): rng.random((3, 5), np.float32)}
-    payload = _dict_payload(maps, protocol, core)
+    payload = dict_pickle(maps, protocol, core)
     assert core + b".multiarray" in payload
-    (tmp_path / "a.npy").write_bytes(_npy(payload))
+    (tmp_path / "a.npy").write_bytes(npy(payload))
     loaded = load_maps(tmp_path / "a.npy", (3, 5))
     assert list(loaded) == [4, 14]
     assert all(np.array_equal(loaded[k], values) for k, values in maps.items())
@@ -160,11 +143,11 @@ def test_missing_file_is_a_data_error(tmp_path):
         b"",
         b"not an npy file",
         b"\x93NUMPY\x09\x00",
-        _npy(b""),
-        _npy(pickle.dumps(np.array({0: 1}, dtype=object), 3)[:-5]),
-        _npy(pickle.dumps([1, 2], 3)),
-        _npy(np.ones(3).tobytes(), (3,), "<f8"),
-        _npy(pickle.dumps({0: 1}, 3), (1,)),
+        npy(b""),
+        npy(pickle.dumps(np.array({0: 1}, dtype=object), 3)[:-5]),
+        npy(pickle.dumps([1, 2], 3)),
+        npy(np.ones(3).tobytes(), (3,), "<f8"),
+        npy(pickle.dumps({0: 1}, 3), (1,)),
     ],
 )
 def test_damaged_file_or_other_content_is_a_data_error(content, tmp_path):
@@ -212,7 +195,7 @@ def test_pickle_that_calls_is_refused_and_not_executed(
         "value": {1: call},
         "in an array": {1: np.array([[call]], dtype=object)},
     }[place]
-    (tmp_path / "a.npy").write_bytes(_npy(pickle.dumps(content, protocol)))
+    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps(content, protocol)))
     with pytest.raises(DataError, match="refused, because it wants to load"):
         load_maps(tmp_path / "a.npy")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
@@ -223,7 +206,7 @@ def test_pickle_that_calls_is_refused_and_not_executed(
 )
 def test_pickle_may_name_nothing_but_arrays(function, tmp_path):
     # Not even called: naming it is enough.
-    (tmp_path / "a.npy").write_bytes(_npy(pickle.dumps({0: function}, 3)))
+    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps({0: function}, 3)))
     with pytest.raises(DataError, match="refused"):
         load_npy_dict(tmp_path / "a.npy")
 
@@ -268,7 +251,7 @@ def _array(shape, dtype, data) -> _Calls:
 )
 def test_pickle_that_forges_an_array_is_a_data_error_and_no_crash(forged, tmp_path):
     # In a process of its own: bytes that are taken for pointers would end this one.
-    (tmp_path / "a.npy").write_bytes(_npy(pickle.dumps({0: forged}, 3)))
+    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps({0: forged}, 3)))
     program = (
         "import sys; from tool.errors import DataError; from tool.maps import load_npy_dict\n"
         "try: load_npy_dict(sys.argv[1])\n"

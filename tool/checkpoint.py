@@ -13,7 +13,7 @@ from typing import Any
 
 from tool.distributed import gather
 from tool.errors import DataError
-from tool.weights import load_tensors, save_tensors
+from tool.pytorch import load_tensors, save_tensors
 
 FORMAT = "AffinityNet training, 1"
 # Flags that say where and how a training runs, not what comes of it.

@@ -146,7 +146,7 @@ def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, defaul
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of both inference programs, besides ``--network``."""
     add = parser.add_argument
-    add("--weights", required=True, help="the network's trained weights, or none (untrained)")
+    add("--weights", required=True, help="the network's trained weights, in any form, or none")
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add_run_arguments(parser)
 

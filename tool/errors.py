@@ -15,3 +15,14 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def reason(error: Exception) -> str:
+    """Why a library gave up: the first line of its message, or the error's name."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text from a file as it may stand in a sentence, on one line."""
+    return text if text.isprintable() else ascii(text)

@@ -10,9 +10,11 @@ An *index image* is a uint8 H x W array of class indices, stored as a palette PN
 
 import glob
 import math
+import mmap
 import os
-import pickle
+import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from tool.errors import DataError
+from tool.errors import DataError, reason
+from tool.pickles import Budget, Constructor, ForbiddenError, Pending, map_file, read_pickle
 
 NUM_PALETTE_COLOURS = 256
 # Where a file grows until it is complete, from its name and a random word.
@@ -75,17 +78,18 @@ def load_npy_dict(path: str | os.PathLike) -> dict:
     anything but arrays, plain containers, numbers and strings.
     """
     try:
-        with open(path, "rb") as file:
-            content = _read_npy_object(file)
+        content = _read_npy_object(map_file(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except _ForbiddenError as error:
+    except ForbiddenError as error:
         raise DataError(
             f"{path}: refused, because it wants to load {error}; "
             "a file of maps or labels holds arrays and numbers only."
         ) from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: not a readable .npy dict ({error}); write it again.") from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise DataError(
+            f"{path}: not a readable .npy dict ({reason(error)}); write it again."
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a dict.")
     return content
@@ -192,108 +196,108 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise DataError(f"{path}: not a readable image ({error}).") from error
 
 
-class _ForbiddenError(Exception):
-    """Names what a pickle wanted to load."""
+# Code characters of the types that maps and labels have: numbers, truth values, text, objects.
+_TYPE_CODE = re.compile(r"[biufcSUO?]\d{0,9}")
+MAX_DIMENSIONS = 32
+# An array object, without its cells.
+ARRAY_BYTES = 128
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds what ``numpy.save`` writes for dicts of arrays, under NumPy 1's and 2's names.
-
-    A pickle gets at stand-ins only: NumPy's own constructors and ``__setstate__`` take a forged
-    state at its word and then read memory that is not theirs.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        numpy_core = ("numpy.core.multiarray", "numpy._core.multiarray")
-        if module in numpy_core and name == "_reconstruct":
-            return _PickledArray
-        if module in numpy_core and name == "scalar":
-            return _scalar
-        if (module, name) == ("numpy", "ndarray"):
-            return "numpy.ndarray"  # only ever an argument of _reconstruct
-        if (module, name) == ("numpy", "dtype"):
-            return _PickledType
-        if (module, name) == ("_codecs", "encode"):  # bytes under pickle protocol 2
-            return _encode_latin1
-        raise _ForbiddenError(f"{module}.{name}")
-
-
-class _PickledType:
+class _PickledType(Pending):
     """Stands in for ``numpy.dtype``: numbers, strings and objects, in either byte order."""
 
+    __slots__ = ("dtype",)
+
     def __init__(self, code: str, *_: Any):
+        super().__init__()
+        if not isinstance(code, str) or not _TYPE_CODE.fullmatch(code):
+            raise ValueError(f"it has an array of {str(code)[:20]}")
         self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biufcSUO" or self.dtype.fields or self.dtype.subdtype:
-            raise pickle.UnpicklingError(f"an array of {code}")
 
-    def __setstate__(self, state: tuple) -> None:
+    def build(self, state: tuple) -> np.dtype:
         byte_order = state[1]  # the rest of the state repeats the code, or forges it
-        if byte_order in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(byte_order)
+        return self.dtype.newbyteorder(byte_order) if byte_order in ("<", ">") else self.dtype
 
 
-class _PickledArray:
-    """Stands in for an array that is being rebuilt; ``value`` is the array then."""
+class _PickledArray(Pending):
+    """Stands in for an array that is being rebuilt.
 
-    def __init__(self, *_: Any):
-        self.value: np.ndarray | None = None
+    NumPy's own constructors take a forged state at its word and then read memory that is not
+    theirs.
+    """
 
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, pickled_type, is_fortran, content = state
-        dtype, cells = pickled_type.dtype, math.prod(shape)
-        if any(side < 0 for side in shape):
-            raise pickle.UnpicklingError(f"an array of shape {shape}")
+    __slots__ = ("budget",)
+
+    def __init__(self, budget: Budget):
+        super().__init__()
+        self.budget = budget
+
+    def build(self, state: tuple) -> np.ndarray:
+        _, shape, dtype, is_fortran, content = state
+        if not (
+            isinstance(shape, tuple)
+            and len(shape) <= MAX_DIMENSIONS
+            and all(isinstance(side, int) and 0 <= side <= sys.maxsize for side in shape)
+        ):
+            raise ValueError("it has an array of an impossible shape")
+        cells, order = math.prod(shape), "F" if is_fortran else "C"
         if not dtype.hasobject:
-            flat = _numbers(dtype, content, cells)
-        elif isinstance(content, list) and len(content) == cells:
-            flat = np.empty(cells, dtype)
-            flat[:] = [_finished(item) for item in content]
-        else:
-            raise pickle.UnpicklingError("an array without its objects")
-        self.value = flat.reshape(shape, order="F" if is_fortran else "C")
+            return _numbers(self.budget, dtype, content, cells).reshape(shape, order=order).copy()
+        if not isinstance(content, list) or len(content) != cells:
+            raise ValueError("it has an array without its objects")
+        self.budget.charge(ARRAY_BYTES + cells * dtype.itemsize)
+        flat = np.empty(cells, dtype)
+        for index, item in enumerate(content):
+            flat[index] = item
+        return flat.reshape(shape, order=order)
 
 
-def _scalar(pickled_type: _PickledType, content: bytes | str) -> np.generic:
-    return _numbers(pickled_type.dtype, content, 1)[0]
-
-
-def _numbers(dtype: np.dtype, content: Any, count: int) -> np.ndarray:
-    """That many numbers or strings from their raw bytes, which must be there to the last one."""
+def _numbers(budget: Budget, dtype: np.dtype, content: Any, count: int) -> np.ndarray:
+    """That many numbers or strings, where their raw bytes stand, which must all be there."""
     if isinstance(content, str):  # bytes that Python 2 wrote
-        content = content.encode("latin1")
-    if dtype.hasobject or not isinstance(content, bytes) or len(content) != count * dtype.itemsize:
-        raise pickle.UnpicklingError("an array without its bytes")
-    return np.frombuffer(content, dtype).copy()
+        budget.require(2 * len(content))
+        content = memoryview(content.encode("latin1"))
+    size = count * dtype.itemsize
+    if dtype.hasobject or not isinstance(content, memoryview) or len(content) != size:
+        raise ValueError("it has an array without its bytes")
+    budget.require(ARRAY_BYTES + size)
+    return np.frombuffer(content, dtype) if size else np.empty(count, dtype)
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding}")
-    return text.encode("latin1")
+def _admitted_names(budget: Budget) -> dict[str, Any]:
+    """What ``numpy.save`` names in a pickle of arrays, under NumPy 1's and 2's modules."""
+
+    def scalar(dtype: np.dtype, content: memoryview | str) -> np.generic:
+        return _numbers(budget, dtype, content, 1)[0]
+
+    def encode_latin1(text: str, encoding: str) -> memoryview:
+        if encoding != "latin1":
+            raise ValueError(f"it has bytes in the encoding {encoding[:20]}")
+        budget.charge(len(text))
+        return memoryview(text.encode("latin1"))
+
+    names = {
+        "numpy.ndarray": "numpy.ndarray",  # only ever an argument of _reconstruct
+        "numpy.dtype": Constructor(_PickledType),
+        "_codecs.encode": Constructor(encode_latin1),  # bytes under pickle protocol 2
+    }
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        names[f"{module}._reconstruct"] = Constructor(lambda *_: _PickledArray(budget))
+        names[f"{module}.scalar"] = Constructor(scalar)
+    return names
 
 
-def _finished(content: Any) -> Any:
-    """The content with arrays in place of their stand-ins; a dict's values, too."""
-    if isinstance(content, _PickledArray):
-        if content.value is None:
-            raise pickle.UnpicklingError("an array without content")
-        return content.value
-    if isinstance(content, dict):
-        return {key: _finished(value) for key, value in content.items()}
-    return content
-
-
-def _read_npy_object(file: IO[bytes]) -> Any:
-    version = np.lib.format.read_magic(file)
+def _read_npy_object(data: mmap.mmap) -> Any:
+    version = np.lib.format.read_magic(data)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read_header is None:
-        raise ValueError(f"an .npy file of version {version}")
-    shape, _, dtype = read_header(file)
+        raise ValueError(f"it is an .npy file of version {version}")
+    shape, _, dtype = read_header(data)
     if dtype != np.dtype(object) or shape != ():
-        raise ValueError(f"an array of {dtype} with shape {shape} instead of a dict")
-    # encoding: files that Python 2 wrote hold byte strings.
-    content = _finished(_ArrayUnpickler(file, encoding="latin1").load())
+        raise ValueError(f"it is an array of {dtype} with shape {shape} instead of a dict")
+    budget = Budget(len(data))
+    content, _ = read_pickle(data, data.tell(), _admitted_names(budget), budget)
     return content.item() if isinstance(content, np.ndarray) and content.shape == () else content

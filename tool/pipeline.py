@@ -86,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--voc12_root", required=True, help="the devkit's folder VOC2012")
     add("--network", required=True, choices=sorted(RECIPES), help="backbone of both networks")
-    add("--weights", required=True, help="weights that both trainings start from, or none")
+    add("--weights", required=True, help="what both trainings start from; see train_cls.py")
     add(
         "--aff_weights",
         help="weights that AffinityNet starts from (default: --weights, or with --weights none the "

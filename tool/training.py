@@ -33,8 +33,8 @@ from tool.distributed import (
 from tool.errors import DataError, Interrupted, UsageError
 from tool.loading import shuffled
 from tool.maps import remove_leftovers
+from tool.pytorch import save_tensors
 from tool.records import Records, describe_run
-from tool.weights import save_tensors
 
 # Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
 # times this, and whether they decay (released code).
@@ -50,7 +50,12 @@ def add_training_arguments(
 ) -> None:
     """The flags of both training programs, besides ``--network``, with a stage's defaults."""
     add = parser.add_argument
-    add("--weights", required=True, help="weight file to start from, or none (random numbers)")
+    add(
+        "--weights",
+        required=True,
+        help="file to start from (.pth, .safetensors, .caffemodel, .params), imagenet (VGG-16's, "
+        "downloaded) or none (random numbers)",
+    )
     add("--train_list", default="voc12/train_aug.txt", help="images to train on")
     add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")
     add(

@@ -1,0 +1,79 @@
+"""Writers of the weight files that the readers are tested with: Caffe's and MXNet's generations."""
+
+import struct
+
+import numpy as np
+
+V1_MAGIC, V2_MAGIC, V3_MAGIC = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
+TYPE_NUMBERS = {"f4": 0, "f8": 1, "f2": 2, "u1": 3, "i4": 4, "i1": 5, "i8": 6}
+CAFFE_FORMS = ("packed", "unpacked", "double", "unpacked double")
+
+
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it."""
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def number_field(number: int, value: int) -> bytes:
+    return varint(number << 3) + varint(value)
+
+
+def bytes_field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def blob_message(array: np.ndarray, legacy: bool, form: str = "packed") -> bytes:
+    """A BlobProto, with the old generation's four sides or a BlobShape."""
+    if legacy:
+        sides = (1,) * (4 - array.ndim) + array.shape
+        shape = b"".join(number_field(index, side) for index, side in enumerate(sides, start=1))
+    else:
+        shape = bytes_field(7, bytes_field(1, b"".join(map(varint, array.shape))))
+    field, dtype, wire_type = (8, "<f8", 1) if "double" in form else (5, "<f4", 5)
+    values = array.astype(dtype)
+    if "unpacked" not in form:
+        return shape + bytes_field(field, values.tobytes())
+    raw = values.reshape(-1, 1).view(np.uint8)
+    tags = np.full((len(raw), 1), field << 3 | wire_type, np.uint8)
+    return shape + np.concatenate([tags, raw], axis=1).tobytes()
+
+
+def caffemodel(blobs: dict[str, np.ndarray], legacy: bool, form: str = "packed") -> bytes:
+    """A NetParameter with the blobs ``<layer>.0``, ``<layer>.1``, in either generation."""
+    layer_field, name_field, type_field, blob_field = (2, 4, None, 6) if legacy else (100, 1, 2, 7)
+    layers: dict[str, list[np.ndarray]] = {}
+    for name, array in blobs.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(array)
+    parts = [bytes_field(1, b"net")]
+    for name, arrays in layers.items():
+        kind = number_field(5, 4) if type_field is None else bytes_field(type_field, b"Convolution")
+        messages = [bytes_field(blob_field, blob_message(a, legacy, form)) for a in arrays]
+        layer = b"".join([bytes_field(name_field, name.encode()), kind, *messages])
+        parts.append(bytes_field(layer_field, layer))
+    return b"".join(parts)
+
+
+def params(arrays: dict[str, np.ndarray], version: str = "V2", named: bool = True) -> bytes:
+    """An MXNet list of arrays; ``version`` is legacy, V1, V2 or V3."""
+    parts = [struct.pack("<3Q", 0x112, 0, len(arrays))]
+    for array in arrays.values():
+        ndim = array.ndim
+        parts.append(
+            {
+                "legacy": lambda n=ndim, s=array.shape: struct.pack(f"<I{n}I", n, *s),
+                "V1": lambda n=ndim, s=array.shape: struct.pack(f"<2I{n}q", V1_MAGIC, n, *s),
+                "V2": lambda n=ndim, s=array.shape: struct.pack(f"<IiI{n}q", V2_MAGIC, 0, n, *s),
+                "V3": lambda n=ndim, s=array.shape: struct.pack(f"<IiI{n}q", V3_MAGIC, 0, n, *s),
+            }[version]()
+        )
+        if ndim:
+            parts.append(struct.pack("<3i", 1, 0, TYPE_NUMBERS[array.dtype.str[1:]]))
+            parts.append(array.tobytes())
+    names = list(arrays) if named else []
+    parts.append(struct.pack("<Q", len(names)))
+    parts += [struct.pack("<Q", len(name)) + name.encode() for name in names]
+    return b"".join(parts)
