@@ -2,8 +2,8 @@
 
 VGG-16, as published (lr 0.1; take 0.01 and network.resnet38_aff for ResNet-38):
     python3 train_aff.py --lr 0.1 --batch_size 8 --max_epoches 8 --crop_size 448
-        --voc12_root VOC2012 --network network.vgg16_aff --weights vgg16_20M.pth --wt_dec 5e-4
-        --la_crf_dir LA --ha_crf_dir HA
+        --voc12_root VOC2012 --network network.vgg16_aff --weights vgg16_20M.caffemodel
+        --wt_dec 5e-4 --la_crf_dir LA --ha_crf_dir HA
 
 Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
     torchrun --nproc_per_node=4 train_aff.py --lr 0.1 ...
@@ -44,7 +44,7 @@ from tool.training import (
     remaining_batches,
     session_name,
 )
-from tool.weights import FRESH, load_for_training
+from tool.weights import load_for_training
 from voc12.data import (
     AffinityTrainingSet,
     Devkit,
@@ -74,7 +74,9 @@ def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) 
         "voc12_root": digest_files(map(devkit.image_path, train_ids)),
         "la_crf_dir": digest_files(Path(args.la_crf_dir, f"{i}.npy") for i in train_ids),
         "ha_crf_dir": digest_files(Path(args.ha_crf_dir, f"{i}.npy") for i in train_ids),
-        "weights": args.weights if args.weights == FRESH else digest_files([args.weights]),
+        "weights": args.weights
+        if args.weights in cli.WEIGHT_WORDS
+        else digest_files([args.weights]),
     }
 
 

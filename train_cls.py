@@ -2,10 +2,12 @@
 
 VGG-16, as published:
     python3 train_cls.py --lr 0.1 --batch_size 16 --max_epoches 15 --crop_size 448
-        --network network.vgg16_cls --voc12_root VOC2012 --weights vgg16_20M.pth --wt_dec 5e-4
+        --network network.vgg16_cls --voc12_root VOC2012 --wt_dec 5e-4
+        --weights vgg16_20M.caffemodel
 ResNet-38, as published:
     python3 train_cls.py --lr 0.01 --batch_size 16 --max_epoches 15 --crop_size 448
-        --network network.resnet38_cls --voc12_root VOC2012 --weights rna-a1.pth --wt_dec 5e-4
+        --network network.resnet38_cls --voc12_root VOC2012 --wt_dec 5e-4
+        --weights ilsvrc-cls_rna-a1_cls1000_ep-0001.params
 
 Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
     torchrun --nproc_per_node=4 train_cls.py --lr 0.1 ...
@@ -47,7 +49,7 @@ from tool.training import (
     remaining_batches,
     session_name,
 )
-from tool.weights import FRESH, load_for_training
+from tool.weights import load_for_training
 from voc12.data import (
     ClassifierTrainingSet,
     ClassifierValidationSet,
@@ -123,7 +125,9 @@ def digests(
         "classes": digest(*devkit.class_names),
         "label_file": digest(*(devkit.image_label(image_id).tobytes() for image_id in ids)),
         "voc12_root": digest_files(map(devkit.image_path, ids)),
-        "weights": args.weights if args.weights == FRESH else digest_files([args.weights]),
+        "weights": args.weights
+        if args.weights in cli.WEIGHT_WORDS
+        else digest_files([args.weights]),
     }
 
 

@@ -477,10 +477,11 @@ def test_caffe_blobs_of_four_sides_take_the_networks_shapes(tmp_path, say):
 
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import tool.weights
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # getrusage would tell of the parent process, where that was larger
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()
 tensors = tool.weights.read_weight_file(sys.argv[1]).tensors
 total = sum(value.sum().item() for value in tensors.values())  # every page is needed
@@ -488,7 +489,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_caffe_model_needs_little_more_than_its_size_and_its_tensors(tmp_path, rng):
     path = tmp_path / "a.caffemodel"
     blobs = {f"layer{k}.0": rng.random((1000, 1000 + k), np.float32) for k in range(15)}
@@ -500,7 +501,7 @@ def test_caffe_model_needs_little_more_than_its_size_and_its_tensors(tmp_path, r
         text=True,
         check=True,
     )
-    assert int(done.stdout) < 2.2 * path.stat().st_size
+    assert 0.9 * path.stat().st_size < int(done.stdout) < 2.2 * path.stat().st_size
 
 
 @pytest.mark.parametrize(

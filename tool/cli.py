@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from tool.errors import DataError, Interrupted, UsageError
 
+# What --weights takes besides files: random numbers, and VGG-16's trained on ImageNet.
+WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
 EXIT_DATA, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
@@ -146,7 +148,11 @@ def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, defaul
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of both inference programs, besides ``--network``."""
     add = parser.add_argument
-    add("--weights", required=True, help="the network's trained weights, in any form, or none")
+    add(
+        "--weights",
+        required=True,
+        help="the network's trained weights, in any form, or none (untrained)",
+    )
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add_run_arguments(parser)
 

@@ -1,6 +1,7 @@
 """The four programs and the evaluation of maps and labels, in a row, each as a process.
 
-    python3 -m tool.pipeline --voc12_root VOC2012 --network vgg16 --weights W --out_dir runs/vgg16
+    python3 -m tool.pipeline --voc12_root VOC2012 --network vgg16 --weights vgg16_20M.caffemodel
+        --out_dir runs/vgg16
     ... --dry_run                            print the commands that would be run, and run nothing
     ... --train_cls_args "--batch_size 8"    change a stage's settings
     ... --from train_aff                     run this stage and those after it again
@@ -299,7 +300,7 @@ class Pipeline:
 
 
 def _weights(text: str) -> Word:
-    return text if text == "none" else Path(text)
+    return text if text in cli.WEIGHT_WORDS else Path(text)
 
 
 def shown(command: Sequence[Word]) -> str:

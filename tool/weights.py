@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tool import cli
 from tool.caffe import read_caffemodel
+from tool.cli import FRESH, IMAGENET
 from tool.errors import DataError, UsageError, printable, reason
 from tool.maps import atomic_write
 from tool.mxnet import LIST_MAGIC, read_params
@@ -40,7 +41,6 @@ SIGNATURES = {
     "layer4.0.conv1.weight": "torchvision's ResNet",
 }
 HEAD_SIGNATURES = {"fc8.weight": "classifier", "f9.weight": "AffinityNet"}
-FRESH, IMAGENET = "none", "imagenet"
 # Counters that batch norm keeps since PyTorch 0.4.1; they decide nothing.
 OPTIONAL_SUFFIX = "num_batches_tracked"
 NAMES_SHOWN = 8
@@ -267,7 +267,8 @@ def _match_file(net: nn.Module, path: str | os.PathLike, optional: tuple[str, ..
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     for name, value in match.taken.items():
-        if not value.isfinite().all():
+        extremes = value.float().aminmax() if value.numel() else ()  # no tensor beside it
+        if not all(extreme.isfinite() for extreme in extremes):
             raise DataError(f"{path}: {name} has values that are not finite; train again.")
     return match
 
