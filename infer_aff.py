@@ -5,7 +5,11 @@
     python3 infer_aff.py ... --crf                                  sharpened by the dense CRF
     python3 infer_aff.py ... --trace WALKS --trace_ids 2007_000033  how the walk went, in pictures
 
-CAM is what infer_cls.py wrote to --out_cam. Writes an index image <id>.png into RW.
+Several GPUs of one machine, or of several that share the folders:
+    torchrun --nproc_per_node=4 infer_aff.py --infer_list ...
+
+CAM is what infer_cls.py wrote to --out_cam. Writes an index image <id>.png into RW. Images that are
+there are skipped, so a command that was killed goes on when it is repeated.
 """
 
 import argparse
@@ -16,15 +20,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tool import cli
 from tool.affinity import pair_affinity
 from tool.crf import dense_crf
-from tool.distributed import choose_device, seed_generators
+from tool.distributed import (
+    StopSignals,
+    autocast,
+    choose_device,
+    place,
+    process_group,
+    say,
+    seed_generators,
+    set_rounding,
+)
 from tool.errors import UsageError
-from tool.loading import load, single
+from tool.inference import LONGEST_WAIT, Run, settings_of
+from tool.loading import load_each
 from tool.maps import save_index_png
+from tool.outputs import OutputFolder, maps_identity
 from tool.random_walk import (
     TOLERANCE,
     pad_to_multiple,
@@ -97,20 +113,21 @@ def walk_of(
 ) -> Walk:
     image = pad_to_multiple(sample.image.to(device, non_blocking=True), net.stride)
     height, width = (side // net.stride for side in image.shape[-2:])
-    affinity = pair_affinity(net.forward_features(image[None]), args.radius, args.full_graph)[0]
+    with autocast(device, args.amp):
+        features = net.forward_features(image[None])
+    affinity = pair_affinity(features, args.radius, args.full_graph)[0]
     transition = transition_matrix(affinity, height, width, args.radius, args.beta, args.full_graph)
     seeds = walk_seeds(sample.maps.to(device, non_blocking=True), args.alpha, net.stride)
     return Walk(sample, transition, seeds)
 
 
-def label_of(
-    scores: Tensor, sample: AffinitySample, stride: int, dataset: AffinityInferenceSet, crf: bool
-) -> np.ndarray:
+def label_of(scores: Tensor, sample: AffinitySample, stride: int, crf: bool) -> np.ndarray:
     """The label that an image's scores on the grid, maps x h x w, give it: uint8 H x W."""
     upsampled = upsample_scores(scores, sample.maps.shape[-2:], stride)
     if crf:
-        image = np.array(dataset.devkit.load_image(sample.image_id))
-        upsampled = torch.from_numpy(dense_crf(image, [upsampled.cpu().numpy()])[0])
+        score_set = upsampled.cpu().numpy()
+        (refined,) = dense_crf(sample.photograph, [score_set], device=scores.device)
+        upsampled = torch.from_numpy(refined)
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
 
@@ -123,35 +140,46 @@ def groups(samples: Iterable[AffinitySample], size: int) -> Iterator[list[Affini
 
 @torch.no_grad()
 def infer(
-    net: nn.Module, dataset: AffinityInferenceSet, args: argparse.Namespace, device: torch.device
+    net: nn.Module,
+    dataset: AffinityInferenceSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    run: Run,
 ) -> None:
-    """Write every image's label."""
+    """Write the label of every image of the dataset, which are the run's."""
     tolerance = 0 if args.exact else TOLERANCE
-    samples = load(dataset, range(len(dataset)), 1, args.num_workers, collate=single)
-    bar = cli.progress(samples, "infer_aff", total=len(dataset))
-    for group in groups(bar, WALKS_AT_A_TIME[device.type]):
+    samples = run.each(load_each(dataset, args.num_workers))
+    for group in groups(samples, WALKS_AT_A_TIME[device.type]):
         walks = [walk_of(net, sample, args, device) for sample in group]
         seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
         walked = propagate_together(seeds, transitions, 2**args.logt, tolerance)
         for walk, scores in zip(walks, walked, strict=True):
-            label = label_of(scores, walk.sample, net.stride, dataset, args.crf)
-            save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
+            label = label_of(scores, walk.sample, net.stride, args.crf)
             if walk.sample.image_id in args.trace_ids:
-                draw_walk(walk, net.stride, dataset, args)
+                draw_walk(walk, net.stride, args)
+            save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
 
 
-def draw_walk(
-    walk: Walk, stride: int, dataset: AffinityInferenceSet, args: argparse.Namespace
-) -> None:
+def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
     """Write ``--trace``'s pictures of one image."""
     sample = walk.sample
     labels = {
-        steps: label_of(scores, sample, stride, dataset, crf=False)
+        steps: label_of(scores, sample, stride, crf=False)
         for steps, scores in walk_trace(walk.seeds, walk.transition, args.logt).items()
     }
-    save_trace(
-        Path(args.trace, sample.image_id), dataset.devkit.load_image(sample.image_id), labels
-    )
+    save_trace(Path(args.trace, sample.image_id), Image.fromarray(sample.photograph), labels)
+
+
+def output_folders(args: argparse.Namespace) -> list[OutputFolder]:
+    """The folders that were named, with what decides their content."""
+    flags = ("radius", "alpha", "beta", "logt", "exact", "full_graph", "crf")
+    settings = settings_of(args, *flags) | {"cam_dir": maps_identity(args.cam_dir)}
+    folders = [OutputFolder("infer_aff.py --out_rw", Path(args.out_rw), (".png",), settings)]
+    if args.trace:
+        origin, suffixes = "infer_aff.py --trace", (".png", ".gif")
+        traced = frozenset(args.trace_ids)
+        folders.append(OutputFolder(origin, Path(args.trace), suffixes, settings, traced))
+    return folders
 
 
 def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
@@ -168,18 +196,33 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
     return args.trace_ids or ids[:1]
 
 
-def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.device)
+def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
     seed_generators(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)
-    devkit.require_images(ids)
-    require_files(args.cam_dir, ids, ".npy", "infer_cls.py --out_cam makes them")
     net = args.network.Net(radius=args.radius)
-    load_for_inference(net, args.weights, print)
-    net.to(device).eval()
-    infer(net, AffinityInferenceSet(devkit, ids, net.normalize, args.cam_dir), args, device)
+    load_for_inference(net, args.weights, say)
+    place(net, device, args, "forward_features").eval()
+    run = Run("infer_aff", args, ids, output_folders(args), stop)
+    if not args.skip_bad:
+        devkit.require_images(run.todo)
+        require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
+    with run:
+        infer(
+            net,
+            AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir),
+            args,
+            device,
+            run,
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device(args.device)
+    set_rounding(device, args, fixed_size=False)
+    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+        infer_list(args, device, stop)
 
 
 if __name__ == "__main__":

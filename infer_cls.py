@@ -6,13 +6,18 @@
     python3 infer_cls.py --infer_list voc12/val.txt --voc12_root VOC2012
         --network network.resnet38_cls --weights resnet38_cls.pth --out_cam_pred PRED
 
-Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is named.
+Several GPUs of one machine, or of several that share the folders:
+    torchrun --nproc_per_node=4 infer_cls.py --infer_list ...
+
+Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is named. Images whose
+files are all there are skipped, so a command that was killed goes on when it is repeated.
 """
 
 import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +25,27 @@ from torch import nn
 
 from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
+from tool.checkpoint import digest
 from tool.crf import BACKENDS, background_and_maps, choose_backend, dense_crf
-from tool.distributed import choose_device, seed_generators
+from tool.distributed import (
+    StopSignals,
+    autocast,
+    choose_device,
+    place,
+    process_group,
+    say,
+    seed_generators,
+    set_rounding,
+)
 from tool.errors import UsageError
-from tool.loading import load, single
-from tool.maps import save_index_png, save_maps
+from tool.inference import LONGEST_WAIT, Run, settings_of
+from tool.loading import load_each
+from tool.maps import MAP_FORMATS, save_index_png, save_maps
+from tool.outputs import OutputFolder
 from tool.weights import load_for_inference
 from tool.workers import WorkerPool
 from voc12.data import (
+    Devkit,
     MultiScaleSet,
     add_devkit_arguments,
     index_image,
@@ -52,6 +70,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_ha_crf", metavar="DIR", help="folder for CRF scores with the high alpha")
     add("--out_cam_pred", metavar="DIR", help="folder for index images, background score 0.2")
     add(
+        "--out_format",
+        choices=MAP_FORMATS,
+        default="npy",
+        help="of maps: the field's pickled dicts, or compressed archives without pickle; every "
+        "program reads both",
+    )
+    add(
+        "--out_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of maps; float16 takes half the space and rounds to three digits",
+    )
+    add(
         "--crf_backend",
         choices=("auto", *BACKENDS),
         default="auto",
@@ -74,10 +105,45 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolder]:
+    """The folders that were named, with what decides their content."""
+    classes = {"classes": digest(*devkit.class_names)}
+    common = settings_of(args, "scales") | classes
+    stored = settings_of(args, "scales", "out_format", "out_dtype") | classes
+    suffix = MAP_FORMATS[args.out_format]
+    kinds = {
+        "out_cam": (suffix, stored),
+        "out_la_crf": (suffix, stored | settings_of(args, "low_alpha")),
+        "out_ha_crf": (suffix, stored | settings_of(args, "high_alpha")),
+        "out_cam_pred": (".png", common),
+    }
+    return [
+        OutputFolder(f"infer_cls.py --{flag}", Path(getattr(args, flag)), (suffix,), settings)
+        for flag, (suffix, settings) in kinds.items()
+        if getattr(args, flag)
+    ]
+
+
 def crf_outputs(args: argparse.Namespace) -> list[tuple[str, float]]:
     """The folders for CRF scores that were named, each with its alpha."""
     outputs = ((args.out_la_crf, args.low_alpha), (args.out_ha_crf, args.high_alpha))
     return [(folder, alpha) for folder, alpha in outputs if folder]
+
+
+class MapsForm(NamedTuple):
+    """How maps are stored."""
+
+    suffix: str
+    dtype: str
+
+    def write(self, folder: str, image_id: str, classes: Sequence[int], maps: np.ndarray) -> None:
+        """Write one image's maps, classes x H x W."""
+        path = Path(folder, image_id + self.suffix)
+        save_maps(path, dict(zip(classes, maps, strict=True)), self.dtype)
+
+
+def maps_form(args: argparse.Namespace) -> MapsForm:
+    return MapsForm(MAP_FORMATS[args.out_format], args.out_dtype)
 
 
 def write_cam(
@@ -85,7 +151,7 @@ def write_cam(
 ) -> None:
     """Write one image's maps (present classes x H x W), and the labels that they give at once."""
     if args.out_cam:
-        save_maps(Path(args.out_cam, f"{image_id}.npy"), dict(zip(classes, maps, strict=True)))
+        maps_form(args).write(args.out_cam, image_id, classes, maps)
     if args.out_cam_pred:
         label = index_image(fixed_background_label(maps, BACKGROUND_SCORE), classes)
         save_index_png(Path(args.out_cam_pred, f"{image_id}.png"), label)
@@ -93,6 +159,7 @@ def write_cam(
 
 def write_crf_scores(
     outputs: Sequence[tuple[str, float]],
+    form: MapsForm,
     backend: str,
     device: torch.device,
     image_id: str,
@@ -104,8 +171,7 @@ def write_crf_scores(
     score_sets = [background_and_maps(maps, alpha) for _, alpha in outputs]
     results = dense_crf(image, score_sets, backend=backend, device=device)
     for (folder, _), scores in zip(outputs, results, strict=True):
-        keys = [0, *(k + 1 for k in classes)]
-        save_maps(Path(folder, f"{image_id}.npy"), dict(zip(keys, scores, strict=True)))
+        form.write(folder, image_id, [0, *(k + 1 for k in classes)], scores)
 
 
 def count_crf_workers(args: argparse.Namespace, images: int, device: torch.device) -> int:
@@ -120,18 +186,23 @@ def count_crf_workers(args: argparse.Namespace, images: int, device: torch.devic
 
 @torch.no_grad()
 def infer(
-    net: nn.Module, dataset: MultiScaleSet, args: argparse.Namespace, device: torch.device
+    net: nn.Module,
+    dataset: MultiScaleSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    run: Run,
 ) -> None:
-    """Write every image's outputs."""
+    """Write the outputs of every image of the dataset, which are the run's."""
     outputs = crf_outputs(args)
-    write_crf = partial(write_crf_scores, outputs, args.crf_backend, device)
+    write_crf = partial(write_crf_scores, outputs, maps_form(args), args.crf_backend, device)
     num_workers = count_crf_workers(args, len(dataset), device)
-    samples = load(dataset, range(len(dataset)), 1, args.num_workers, collate=single)
     with WorkerPool(write_crf, num_workers, "--crf_workers") as crf_pool:
-        for sample in cli.progress(samples, "infer_cls", total=len(dataset)):
+        for sample in run.each(load_each(dataset, args.num_workers)):
             classes = np.flatnonzero(sample.label).tolist()
             size = sample.image.shape[:2]
-            cam = multi_scale_cam(net, [pair.to(device) for pair in sample.scaled], size, classes)
+            scaled = [pair.to(device, non_blocking=True) for pair in sample.scaled]
+            with autocast(device, args.amp):
+                cam = multi_scale_cam(net, scaled, size, classes)
             maps = cam.cpu().numpy()
             write_cam(args, sample.image_id, classes, maps)
             if outputs:
@@ -152,18 +223,27 @@ def check_output_folders(args: argparse.Namespace) -> None:
         )
 
 
+def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
+    seed_generators(args.seed)
+    devkit = open_devkit(args)
+    ids = read_ids(args.infer_list)
+    net = args.network.Net(num_classes=len(devkit.class_names))
+    load_for_inference(net, args.weights, say)
+    place(net, device, args, "forward_cam").eval()
+    run = Run("infer_cls", args, ids, output_folders(args, devkit), stop)
+    if not args.skip_bad:
+        say(devkit.require_labelled_images(run.todo))
+    with run:
+        infer(net, MultiScaleSet(devkit, run.ids, net.normalize, args.scales), args, device, run)
+
+
 def main(args: argparse.Namespace) -> None:
     check_output_folders(args)
     args.crf_backend = choose_backend(args.crf_backend)
     device = choose_device(args.device)
-    seed_generators(args.seed)
-    devkit = open_devkit(args)
-    ids = read_ids(args.infer_list)
-    print(devkit.require_labelled_images(ids))
-    net = args.network.Net(num_classes=len(devkit.class_names))
-    load_for_inference(net, args.weights, print)
-    net.to(device).eval()
-    infer(net, MultiScaleSet(devkit, ids, net.normalize, args.scales), args, device)
+    set_rounding(device, args, fixed_size=False)
+    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+        infer_list(args, device, stop)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from tool.distributed import (
 )
 from tool.errors import UsageError
 from tool.loading import load_epochs
+from tool.maps import maps_file
 from tool.training import (
     Training,
     add_training_arguments,
@@ -72,8 +73,8 @@ def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) 
         "train_list": digest(*train_ids),
         "classes": digest(*devkit.class_names),
         "voc12_root": digest_files(map(devkit.image_path, train_ids)),
-        "la_crf_dir": digest_files(Path(args.la_crf_dir, f"{i}.npy") for i in train_ids),
-        "ha_crf_dir": digest_files(Path(args.ha_crf_dir, f"{i}.npy") for i in train_ids),
+        "la_crf_dir": digest_files(maps_file(Path(args.la_crf_dir, f"{i}.npy")) for i in train_ids),
+        "ha_crf_dir": digest_files(maps_file(Path(args.ha_crf_dir, f"{i}.npy")) for i in train_ids),
         "weights": args.weights
         if args.weights in cli.WEIGHT_WORDS
         else digest_files([args.weights]),

@@ -512,6 +512,7 @@ def test_inference_gives_the_whole_image_and_its_maps(root, devkit, tmp_path):
     assert sample.image.dtype == torch.float32
     expected = as_float(np.asarray(noise_image(5, 7)))
     assert np.array_equal(sample.image.numpy().transpose(1, 2, 0), expected)
+    assert np.array_equal(sample.photograph, np.asarray(noise_image(5, 7)))
     assert sample.classes == [0, 2]
     assert sample.maps.dtype == torch.float32
     assert sample.maps.shape == (2, 5, 7)

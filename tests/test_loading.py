@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tool.errors import DataError
-from tool.loading import load, load_epochs, shuffled, single
+from tool.loading import load, load_each, load_epochs, shuffled
 
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
 
@@ -108,11 +108,11 @@ def test_data_error_arrives_clean_after_the_batches_before(num_workers):
 
 
 @each_number_of_workers
-def test_data_error_arrives_clean_with_a_collate_of_ones_own(num_workers):
-    batches = load(Numbers(2, {1: _refuse}), range(2), 1, num_workers, collate=single)
-    assert next(batches) == 0
-    with pytest.raises(DataError, match=r"^1\.jpg: not a readable image; replace it\.$"):
-        next(batches)
+def test_data_error_takes_the_place_of_its_sample(num_workers):
+    samples = list(load_each(Numbers(3, {1: _refuse}), num_workers))
+    assert [samples[0], samples[2]] == [0, 2]
+    assert isinstance(samples[1], DataError)
+    assert str(samples[1]) == "1.jpg: not a readable image; replace it."
 
 
 @each_number_of_workers
@@ -124,7 +124,7 @@ def test_bug_stays_what_it_is(num_workers):
 KILLED_WORKER = """
 import os
 from tool.errors import DataError
-from tool.loading import load
+from tool.loading import load, load_each, load_epochs, shuffled
 
 class Deadly(list):
     def __getitem__(self, index):
@@ -170,11 +170,13 @@ def test_program_that_fails_does_not_wait_for_its_loader_processes():
     assert "KeyError" in done.stderr
 
 
-def test_single_gives_the_only_sample():
-    sample = object()
-    assert single([sample]) is sample
-    with pytest.raises(ValueError, match="unpack"):
-        single([sample, sample])
+class Objects(list):
+    """A dataset of what no collating knows."""
+
+
+def test_samples_come_one_by_one_whatever_they_hold():
+    objects = Objects([object(), {"a": object()}])
+    assert list(load_each(objects, 0)) == objects
 
 
 @pytest.mark.parametrize("length", [0, 1, 50])

@@ -27,7 +27,7 @@ def multi_scale_cam(
     if not classes:
         return total
     for pair in scaled:
-        cams = net.forward_cam(pair)[:, list(classes)]
+        cams = net.forward_cam(pair)[:, list(classes)].float()
         cams = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
         total += cams[0] + cams[1].flip(-1)
     return total / (total.amax(dim=(1, 2), keepdim=True) + EPSILON)

@@ -89,18 +89,22 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
         raise DataError(f"{str(error).removesuffix('.')}; {NEW_START}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: not a checkpoint of a training of this version; {NEW_START}.")
-    there = content["settings"]
-    differences = [
-        f"--{name}" + _values(there.get(name, "none"), settings.get(name, "none"))
-        for name in sorted({*there, *settings})
-        if there.get(name) != settings.get(name)
-    ]
-    if differences:
+    found = ", ".join(differences(content["settings"], settings))
+    if found:
         raise DataError(
-            f"{path}: is of a run with other settings: {', '.join(differences)}; "
+            f"{path}: is of a run with other settings: {found}; "
             f"repeat that run's command, or take another --session_name; {NEW_START}."
         )
     return content
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """The settings that differ, each with both values: "--lr (0.1 there, 0.2 here)"."""
+    return [
+        f"--{name}" + _values(there.get(name, "none"), here.get(name, "none"))
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
 
 
 def _values(there: str, here: str) -> str:

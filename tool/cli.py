@@ -31,17 +31,22 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         main(args)
     except UsageError as error:
         parser.error(str(error))
-    except DataError as error:
-        _leave(f"error: {error}", EXIT_DATA)
-    except OSError as error:
-        # Where a renaming failed, the second name is the one that the user knows.
-        place = error.filename2 or error.filename
-        reason = error.strerror or str(error)
-        _leave(f"error: {place}: {reason}." if place else f"error: {reason}.", EXIT_DATA)
+    except (DataError, OSError) as error:
+        _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:
         _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
     except KeyboardInterrupt:
         _leave("interrupted: finished files are kept.", EXIT_INTERRUPTED)
+
+
+def sentence(error: DataError | OSError) -> str:
+    """What went wrong, for people."""
+    if isinstance(error, DataError):
+        return str(error)
+    # Where a renaming failed, the second name is the one that the user knows.
+    place = error.filename2 or error.filename
+    reason = error.strerror or str(error)
+    return f"{place}: {reason}." if place else f"{reason}."
 
 
 def _leave(message: str, code: int) -> None:
@@ -154,7 +159,19 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         help="the network's trained weights, in any form, or none (untrained)",
     )
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="also make again what is complete: these images' outputs are removed first, and with "
+        "them all that were made with other settings in the same folders",
+    )
+    add(
+        "--skip_bad",
+        action="store_true",
+        help="go on past images that cannot be read, and list them at the end (exit code 1)",
+    )
     add_run_arguments(parser)
+    add_speed_arguments(parser)
 
 
 def add_radius_argument(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,8 +71,10 @@ def _device_of_local_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
-def set_rounding(device: torch.device, args: Any) -> None:
+def set_rounding(device: torch.device, args: Any, fixed_size: bool = True) -> None:
     """Carry out ``--tf32`` and check ``--amp``; let cuDNN look for the fastest algorithms.
+
+    That search is for inputs of one ``fixed_size``: it would be made again for each new one.
 
     Raises UsageError for a switch that the device does not offer.
     """
@@ -81,16 +84,18 @@ def set_rounding(device: torch.device, args: Any) -> None:
         if args.amp == "fp16":
             raise UsageError("--amp fp16: only for GPUs; on a CPU, try bf16.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = fixed_size
 
 
-def place(net: nn.Module, device: torch.device, args: Any) -> nn.Module:
-    """The network on its device, compiled with ``--compile``."""
+def place(net: nn.Module, device: torch.device, args: Any, method: str | None = None) -> nn.Module:
+    """The network on its device, compiled with ``--compile``: as a whole, or one ``method``."""
     # Tensor cores want the channels last; plain float32 convolutions do not gain from it.
     on_tensor_cores = device.type == "cuda" and (args.amp or args.tf32)
     layout = torch.channels_last if on_tensor_cores else torch.preserve_format
     net.to(device, memory_format=layout)
-    if args.compile:
+    if args.compile and method:
+        setattr(net, method, torch.compile(getattr(net, method)))
+    elif args.compile:
         net.compile()
     return net
 
@@ -158,10 +163,11 @@ def was_launched() -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
     """Join the processes that torchrun started; nothing to do in a process started alone.
 
-    NCCL for tensors on GPUs, gloo for those on CPUs. Raises DataError where another rank is lost.
+    NCCL for tensors on GPUs, gloo for those on CPUs. ``timeout`` is how long a rank may have to
+    wait for another one (default: PyTorch's). Raises DataError where another rank is lost.
     """
     if not was_launched():
         yield
@@ -169,7 +175,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timeout)
         yield
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in EXCHANGE_ERRORS):
@@ -195,6 +202,12 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and talks."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print, in one process of all."""
+    if is_main():
+        print(text, flush=True)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -63,7 +63,15 @@ def load(
     Raises the DataError of a sample, or of a worker that was killed (by the memory limit, say).
     """
     batches = (order[k : k + batch_size] for k in range(0, len(order), batch_size))
-    return _load(dataset, batches, num_workers, collate)
+    return _raising(_load(dataset, batches, num_workers, collate))
+
+
+def load_each(dataset: Dataset, num_workers: int) -> Iterator[Any]:
+    """Every sample of the dataset, whatever it holds, or the DataError that came instead of it.
+
+    Raises DataError for a worker that was killed, as ``load`` does.
+    """
+    return _load(dataset, ([k] for k in range(len(dataset))), num_workers, _single)
 
 
 def load_epochs(
@@ -74,7 +82,14 @@ def load_epochs(
     The dataset's ``epoch`` is set before each sample. The processes stay from the first batch to
     the last, and fetch the next epoch's batches while the program is busy between two epochs.
     """
-    return _load(_AnyEpoch(dataset), batches, num_workers, default_collate)
+    return _raising(_load(_AnyEpoch(dataset), batches, num_workers, default_collate))
+
+
+def _raising(batches: Iterator) -> Iterator:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callable) -> Iterator:
@@ -89,10 +104,7 @@ def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callab
         generator=torch.Generator(),
     )
     try:
-        for batch in _start(loader):
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        yield from _start(loader)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -128,8 +140,7 @@ def _await_sigterm_of(parent: int) -> None:
     os._exit(0)
 
 
-def single(samples: Sequence) -> Any:
-    """Collate for batches of one image, whatever it holds."""
+def _single(samples: Sequence) -> Any:
     (sample,) = samples
     return sample
 

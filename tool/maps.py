@@ -1,9 +1,11 @@
 """Maps and index images on disk: written whole or not at all, read without executing anything.
 
-*Maps* are what the stages hand on: a dict ``{class index: float32 H x W}``, one ``.npy`` file per
-image. NumPy stores a dict as a pickle, and a pickle may run any code when it is read; so
-``load_npy_dict`` reads it through an unpickler that admits NumPy arrays, plain containers, numbers
-and strings, and nothing else.
+*Maps* are what the stages hand on: a dict ``{class index: float32 H x W}``, one file per image, in
+one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle, and a pickle may run any
+code when it is read; so ``load_npy_dict`` reads it through an unpickler that admits NumPy arrays,
+plain containers, numbers and strings, and nothing else. ``.npz`` is compressed and has no pickle: a
+zip archive of arrays named by class. What is said of ``<id>.npy`` holds for an ``<id>.npz`` in its
+place (see ``maps_file``).
 
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
@@ -15,7 +17,8 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +32,10 @@ from tool.pickles import Budget, Constructor, ForbiddenError, Pending, map_file,
 NUM_PALETTE_COLOURS = 256
 # Where a file grows until it is complete, from its name and a random word.
 TEMPORARY_NAME = ".{}.{}.tmp"
+# The forms of maps, by file name ending.
+MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
+# Bytes of an array's header in an .npz file; NumPy writes 128.
+MAX_HEADER_BYTES = 4096
 # The label of pixels that count for nothing, in every index image (VOC's "void").
 VOID = 255
 
@@ -95,18 +102,57 @@ def load_npy_dict(path: str | os.PathLike) -> dict:
     return content
 
 
-def save_maps(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> None:
-    """Write maps ``{class index: H x W}`` as float32."""
-    save_npy_dict(path, {int(k): np.asarray(v, dtype=np.float32) for k, v in maps.items()})
+def save_maps(
+    path: str | os.PathLike, maps: Mapping[int, np.ndarray], dtype: str | type = np.float32
+) -> None:
+    """Write maps ``{class index: H x W}`` as float32, or float16, in the form of the path's ending.
+
+    Maps of the same name in the other form are removed after that: they would contradict.
+    """
+    path = Path(path)
+    content = {int(k): np.asarray(v, dtype=dtype) for k, v in maps.items()}
+    if path.suffix == MAP_FORMATS["npz"]:
+        with atomic_write(path) as file:
+            np.savez_compressed(file, **{str(k): v for k, v in content.items()})
+    else:
+        save_npy_dict(path, content)
+    for other in _other_forms(path):
+        other.unlink(missing_ok=True)
+
+
+def maps_file(path: str | os.PathLike) -> Path:
+    """The file that has the maps of ``<id>.npy``: that one, or the ``<id>.npz`` in its place.
+
+    Raises DataError if there are both.
+    """
+    path = Path(path)
+    others = [other for other in _other_forms(path) if other.exists()]
+    if not others:
+        return path
+    if path.exists():
+        raise DataError(f"{path}: is there as {others[0].name}, too; remove the outdated one.")
+    return others[0]
+
+
+def _other_forms(path: Path) -> list[Path]:
+    if path.suffix not in MAP_FORMATS.values():
+        return []
+    # Not with_suffix: an id may hold dots.
+    stem = path.name.removesuffix(path.suffix)
+    return [
+        path.with_name(stem + ending) for ending in MAP_FORMATS.values() if ending != path.suffix
+    ]
 
 
 def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> dict:
-    """Maps ``{class index: float32 H x W}``, sorted by class.
+    """Maps ``{class index: float32 H x W}``, sorted by class, of ``maps_file(path)``.
 
     ``size`` is the (height, width) that they must have, where the caller knows it. Raises
     DataError if the file cannot be read, or a key, a size or a value is not what maps have.
     """
-    content = load_npy_dict(path)
+    path = maps_file(path)
+    is_npz = path.suffix == MAP_FORMATS["npz"]
+    content = _load_npz_maps(path, size) if is_npz else load_npy_dict(path)
     maps = {}
     for key in sorted(content, key=_class_index_or_refuse(path)):
         value = content[key]
@@ -119,12 +165,71 @@ def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> d
     if size is not None:
         shapes.add(tuple(size))
     if len(shapes) > 1:
-        sizes = " and ".join(sorted(f"{h} x {w}" for h, w in shapes))
-        raise DataError(f"{path}: maps and image differ in size ({sizes}); make the maps again.")
+        raise _sizes_differ(path, shapes)
     for key, value in maps.items():
         if not np.isfinite(value).all():
             raise DataError(f"{path}: the map of class {key} has values that are not finite.")
     return maps
+
+
+def _sizes_differ(path: Path, shapes: Iterable[tuple[int, ...]]) -> DataError:
+    sizes = " and ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
+    return DataError(f"{path}: maps and image differ in size ({sizes}); make the maps again.")
+
+
+def _load_npz_maps(path: Path, size: tuple[int, int] | None) -> dict[int, np.ndarray]:
+    """The arrays of an ``.npz`` file by class, none of them larger than the image."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [member.filename for member in members]
+            if len(members) > VOID or len(set(names)) < len(names):
+                raise ValueError(f"it has {len(members)} arrays, of {len(set(names))} names")
+            return {
+                _class_of_member(member.filename): _read_member(path, archive, member, size)
+                for member in members
+            }
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise DataError(
+            f"{path}: not a readable .npz of maps ({error}); write it again."
+        ) from error
+
+
+def _class_of_member(name: str) -> int:
+    digits = name.removesuffix(MAP_FORMATS["npy"])
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 3):
+        raise ValueError(f"{name[:20]!r} is not named by a class index")
+    return int(digits)
+
+
+def _read_member(
+    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: tuple[int, int] | None
+) -> np.ndarray:
+    """One array; memory is taken only for what an image of that size can have."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed in a way that NumPy does not use")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is no array of .npy version 1.0")
+        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_HEADER_BYTES)
+        shape, is_fortran, dtype = header
+        if dtype.kind not in "fiu" or len(shape) != 2:
+            raise ValueError(f"{member.filename} is an array of {dtype} with shape {shape}")
+        if size is not None and shape != tuple(size):
+            raise _sizes_differ(path, {shape, tuple(size)})
+        cells, most = math.prod(shape), 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+        if min(shape) < 0 or cells > most:
+            raise ValueError(f"{member.filename} has the size {shape[0]} x {shape[1]}")
+        num_bytes = cells * dtype.itemsize
+        # One more, so that what is too long is noticed, and the check sum of the rest verified.
+        content = file.read(num_bytes + 1)
+    if len(content) != num_bytes:
+        raise ValueError(f"{member.filename} has {len(content)} bytes instead of {num_bytes}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:

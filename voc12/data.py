@@ -23,7 +23,15 @@ from torch.utils.data import Dataset
 from tool import transforms
 from tool.affinity import affinity_label
 from tool.errors import DataError
-from tool.maps import VOID, load_index_png, load_maps, load_npy_dict, open_image, stack_maps
+from tool.maps import (
+    VOID,
+    load_index_png,
+    load_maps,
+    load_npy_dict,
+    maps_file,
+    open_image,
+    stack_maps,
+)
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -326,8 +334,7 @@ class MultiScaleSet(_ImageSet):
         scaled = []
         for scale in self.scales:
             array = self._normalized(transforms.rescale(image, scale))
-            pair = [transforms.to_chw(array), transforms.to_chw(transforms.flip(array))]
-            scaled.append(torch.from_numpy(np.stack(pair)))
+            scaled.append(torch.from_numpy(transforms.mirrored_pair(array)))
         label = self.devkit.image_label(image_id)
         return MultiScaleSample(image_id, np.array(image), label, scaled)
 
@@ -402,6 +409,7 @@ class AffinitySample(NamedTuple):
     """One image for the random walk."""
 
     image_id: str
+    photograph: np.ndarray  # uint8 H x W x 3 RGB
     image: Tensor  # float32 3 x H x W, normalized
     classes: list[int]  # those present
     maps: Tensor  # float32 classes x H x W
@@ -423,7 +431,9 @@ class AffinityInferenceSet(_ImageSet):
         maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
         stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
         array = transforms.to_chw(self._normalized(image))
-        return AffinitySample(image_id, torch.from_numpy(array), list(maps), stacked)
+        return AffinitySample(
+            image_id, np.array(image), torch.from_numpy(array), list(maps), stacked
+        )
 
 
 def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
@@ -432,6 +442,7 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) 
     Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
     further, or a class that the class list does not have.
     """
+    path = maps_file(path)
     maps = load_maps(path, size)
     if 0 in maps and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
         raise DataError(
@@ -468,9 +479,9 @@ def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int)
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
     """Raise DataError if ``<folder>/<id><suffix>`` is missing for an id.
 
-    The message names the first few and ends in ``hint``.
+    Maps may be there in either form. The message names the first few and ends in ``hint``.
     """
-    paths = [Path(folder, image_id + suffix) for image_id in ids]
+    paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         others = ", ".join(path.name for path in missing[1:NAMED_MISSING])
