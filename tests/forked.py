@@ -5,6 +5,7 @@
 Runs are made one after the other. Each may have
 
 ``ranks``: so many processes, which find each other as under torchrun;
+``copies``: so many processes at once, which do not know of each other;
 ``signal`` with ``at_step`` or ``at_rename``: which signal a process sends itself in the midst of
 its n-th step, or when its n-th file is complete but for its name; with ``at_rank``, that rank only;
 ``dropout`` False: no dropout;
@@ -118,7 +119,7 @@ def _run(run: dict) -> list[list]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         children = []
-        for rank in range(run.get("ranks", 1)):
+        for rank in range(run.get("ranks", run.get("copies", 1))):
             child = os.fork()
             if not child:
                 _become_rank(run, rank, port, folder)
@@ -137,6 +138,8 @@ if __name__ == "__main__":
     import torch
     import torchvision.transforms.functional  # noqa: F401 (once, not in each child)
 
+    import infer_aff  # noqa: F401
+    import infer_cls  # noqa: F401
     import train_aff  # noqa: F401
     import train_cls  # noqa: F401
 

@@ -245,7 +245,7 @@ def test_only_named_outputs_are_written(spoilable):
     shutil.rmtree(spoilable / "out" / "cam")
     command = COMMANDS["infer_cls"].split(" --out_cam ")[0]
     run_program(f"{command} --out_cam new/folder/cam --infer_list lists/val.txt", spoilable).check()
-    written = sorted(path.stem for path in (spoilable / "new" / "folder" / "cam").iterdir())
+    written = sorted(path.stem for path in (spoilable / "new" / "folder" / "cam").glob("*.npy"))
     assert written == sorted(read_ids(spoilable / "lists" / "val.txt"))
     assert not (spoilable / "out" / "cam").exists()
 
@@ -261,7 +261,14 @@ def test_same_seed_and_command_same_bytes(done, data_folder, tmp_path):
     run_all(link_data(data_folder, tmp_path))
     first, second = (timeless(contents(folder / "out")) for folder in (done, tmp_path))
     assert first.keys() == second.keys()
-    assert {Path(name).suffix for name in first} == {".pth", ".log", ".csv", ".npy", ".png"}
+    assert {Path(name).suffix for name in first} == {
+        ".pth",
+        ".log",
+        ".csv",
+        ".npy",
+        ".png",
+        ".json",
+    }
     assert [name for name in first if first[name] != second[name]] == []
 
 
@@ -305,15 +312,16 @@ def test_another_seed_gives_other_weights(name, spoilable, done):
     ],
 )
 def test_flags_of_inference_change_their_output_only(name, flags, folder, spoilable, done):
-    run_program(f"{COMMANDS[name]} {flags}", spoilable).check()
+    run_program(f"{COMMANDS[name]} {flags} --overwrite", spoilable).check()
     before, after = contents(done / "out"), contents(spoilable / "out")
+    assert before.keys() == after.keys()
     changed = {Path(path).parts[0] for path in before if before[path] != after[path]}
     # All outputs of stage 2 but the CAMs are made from the CAMs.
     assert changed == ({"cam", "la", "ha", "pred"} if folder == "cam" else {folder})
 
 
 def test_exact_walk_gives_the_same_labels(spoilable, done):
-    run_program(f"{COMMANDS['infer_aff']} --exact", spoilable).check()
+    run_program(f"{COMMANDS['infer_aff']} --exact --overwrite", spoilable).check()
     for image_id in all_ids(done):
         series, exact = (load_index_png(p / f"out/rw/{image_id}.png") for p in (done, spoilable))
         assert (series == exact).mean() > 0.999
@@ -321,7 +329,7 @@ def test_exact_walk_gives_the_same_labels(spoilable, done):
 
 def test_images_that_walk_together_get_the_same_labels(spoilable, done, monkeypatch):
     monkeypatch.setitem(infer_aff.WALKS_AT_A_TIME, "cpu", 5)
-    run_program(COMMANDS["infer_aff"], spoilable).check()
+    run_program(f"{COMMANDS['infer_aff']} --overwrite", spoilable).check()
     assert contents(spoilable / "out" / "rw") == contents(done / "out" / "rw")
 
 
@@ -329,7 +337,8 @@ def test_images_that_walk_together_get_the_same_labels(spoilable, done, monkeypa
 def test_trace_draws_the_walk_of_the_chosen_images(chosen, spoilable):
     ids = all_ids(spoilable)
     words = f"--trace_ids {ids[1]} {ids[2]}" if chosen else ""
-    run_program(f"{COMMANDS['infer_aff']} --logt 3 --trace out/walks {words}", spoilable).check()
+    flags = f"--logt 3 --overwrite --trace out/walks {words}"
+    run_program(f"{COMMANDS['infer_aff']} {flags}", spoilable).check()
     drawn = {path.stem for path in (spoilable / "out" / "walks").glob("*.png")}
     assert drawn == (set(ids[1:3]) if chosen else {ids[0]})
     for image_id in drawn:
@@ -649,9 +658,8 @@ def test_list_that_does_not_fill_a_batch(name, spoilable):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_bad_images_are_named(name, num_workers, spoilable):
     images = spoilable / "VOC" / "JPEGImages"
-    flags = f"--num_workers {num_workers} {LIST_FLAGS[name][0]} one.txt"
-    if name.startswith("train"):
-        flags += " --batch_size 1"
+    flags = f"--num_workers {num_workers} {LIST_FLAGS[name][0]} one.txt "
+    flags += "--batch_size 1" if name.startswith("train") else "--overwrite"
     path = images / f"{TRUNCATED}.jpg"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (images / f"{CORRUPT}.jpg").write_bytes(b"\xff\xd8\xff\xe0 this is no photograph")
@@ -712,9 +720,8 @@ def test_missing_prediction(spoilable):
 def test_maps_of_the_wrong_size_damaged_or_missing(name, folder, num_workers, spoilable):
     image_id = read_ids(spoilable / "lists" / "train.txt")[0]
     (spoilable / "one.txt").write_text(f"{image_id}\n")
-    flags = f"--num_workers {num_workers} {LIST_FLAGS[name][0]} one.txt"
-    if name.startswith("train"):
-        flags += " --batch_size 1"
+    flags = f"--num_workers {num_workers} {LIST_FLAGS[name][0]} one.txt "
+    flags += "--batch_size 1" if name.startswith("train") else "--overwrite"
     path = spoilable / "out" / folder / f"{image_id}.npy"
     named = f"out/{folder}/{image_id}.npy: "
     whole = path.read_bytes()
@@ -731,7 +738,7 @@ def test_maps_of_the_wrong_size_damaged_or_missing(name, folder, num_workers, sp
     ("name", "flag"), [("infer_aff", "--cam_dir"), ("voc12.evaluate", "--cam")]
 )
 def test_crf_scores_are_not_taken_for_cams(name, flag, folder, spoilable):
-    command = COMMANDS[name].replace("--pred out/rw", "")
+    command = COMMANDS[name].replace("--pred out/rw", "").replace("out/rw", "new")
     outcome = run_program(
         f"{command} {LIST_FLAGS[name][0]} lists/train.txt {flag} out/{folder}", spoilable
     )
@@ -763,7 +770,8 @@ def test_swapped_crf_folders_are_noticed(spoilable):
 def test_an_empty_folder_is_noticed_before_anything_is_made(name, flag, spoilable):
     before = contents(spoilable / "out")
     (spoilable / "empty").mkdir()
-    outcome = run_program(f"{COMMANDS[name]} {flag} empty", spoilable)
+    command = COMMANDS[name].replace("--out_rw out/rw", "--out_rw new")
+    outcome = run_program(f"{command} {flag} empty", spoilable)
     outcome.assert_failed(1, "empty/toy_", "no such file", "infer_", "--out_")
     count = re.search(r"\((\d+) of (\d+) are missing\)", outcome.last_line)
     assert count and count[1] == count[2]
@@ -774,7 +782,8 @@ def test_where_labels_come_from_is_said(spoilable):
     write_image(spoilable / "VOC", "extra", noise_image(40, 50))
     write_annotation(spoilable / "VOC", "extra", ["cat"])
     (spoilable / "two.txt").write_text("toy_000000\nextra\n")
-    outcome = run_program(f"{COMMANDS['infer_cls']} --infer_list two.txt", spoilable).check()
+    flags = "--infer_list two.txt --overwrite"
+    outcome = run_program(f"{COMMANDS['infer_cls']} {flags}", spoilable).check()
     assert "labels: 1 from lists/cls_labels.npy, 1 from annotations" in outcome.out
 
 
@@ -879,6 +888,8 @@ def test_missing_images_are_counted_before_anything_is_made(name, spoilable):
         (spoilable / "VOC" / "JPEGImages" / f"{image_id}.jpg").unlink()
     before = contents(spoilable / "out")
     flags = f"{LIST_FLAGS[name][0]} lists/train.txt"
+    if name.startswith("infer"):
+        flags += " --overwrite"
     outcome = run_program(f"{COMMANDS[name]} {flags}", spoilable)
     outcome.assert_failed(1, f"JPEGImages/{image_ids[-2]}.jpg: no such file", "2 of ")
     assert contents(spoilable / "out") == before

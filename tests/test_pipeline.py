@@ -64,7 +64,8 @@ def printed_commands(out):
 
 
 def stems(path):
-    return sorted(member.stem for member in path.iterdir())
+    """Of all files that are not hidden."""
+    return sorted(member.stem for member in path.glob("[!.]*"))
 
 
 def test_from_a_devkit_to_a_scored_result(folder):

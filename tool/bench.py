@@ -4,13 +4,14 @@
     python3 -m tool.bench affinity --height 56 --width 56 --channels 448 --batch 8 --json aff.json
     python3 -m tool.bench step --network vgg16_aff --batch 8 --amp bf16
     python3 -m tool.bench crf --height 375 --width 500 --labels 3 --threads 2
+    python3 -m tool.bench infer --network vgg16_cls --amp bf16
 
-``step`` says where the time of a training step goes. In the others, baseline and ours take turns in
-one process; the times are medians. The peak memory of each is that of a fresh child process, above
-what it held when its inputs were ready. ``max_rel_diff`` is the largest difference of the two
-results, relative to the largest value of the baseline's; where the baseline's own rounding would
-hide ours, both are compared with the same computation in double precision, and
-``baseline_rel_diff`` is the baseline's difference.
+``step`` says where the time of a training step goes, ``infer`` that of an image in inference. In
+the others, baseline and ours take turns in one process; the times are medians. The peak memory of
+each is that of a fresh child process, above what it held when its inputs were ready.
+``max_rel_diff`` is the largest difference of the two results, relative to the largest value of the
+baseline's; where the baseline's own rounding would hide ours, both are compared with the same
+computation in double precision, and ``baseline_rel_diff`` is the baseline's difference.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from tool import cli
 from tool.affinity import pair_affinity, pair_indices, pair_offsets, source_grid
+from tool.bench_infer import add_infer_arguments, infer
 from tool.bench_step import add_step_arguments, step
 from tool.crf import background_and_maps, choose_backend, dense_crf
 from tool.distributed import choose_device, wait_for
@@ -91,6 +93,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--height", type=cli.positive_int, default=375, help="rows of the image")
     add("--width", type=cli.positive_int, default=500, help="columns of the image")
     add("--labels", type=cli.positive_int, default=3, help="labels, with the background")
+
+    add = _benchmark(benchmarks, "infer", infer, "an image in stage 2 or 4, by parts")
+    add_infer_arguments(add)
+    cli.add_speed_arguments(benchmarks.choices["infer"])
     return parser
 
 

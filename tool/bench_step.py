@@ -39,6 +39,15 @@ def add_step_arguments(add: Callable) -> None:
     )
 
 
+def photograph(height: int, width: int) -> bytes:
+    """A JPEG file of blurred blocks of random colours."""
+    rows, columns = (max(1, side // BLOCK) for side in (height, width))
+    blocks = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    transforms.resize(Image.fromarray(blocks), height, width).save(file, "JPEG")
+    return file.getvalue()
+
+
 class SyntheticTrainingSet(Dataset):
     """The work of both stages' training sets: decode, jitter, crop and normalize a photograph.
 
@@ -48,13 +57,9 @@ class SyntheticTrainingSet(Dataset):
 
     def __init__(self, normalize: Callable, crop_size: int, stride: int | None):
         self.normalize, self.crop_size, self.stride = normalize, crop_size, stride
-        rng = np.random.default_rng(0)
+        self.photograph = photograph(*PHOTOGRAPH)
         rows, columns = (side // BLOCK for side in PHOTOGRAPH)
-        small = Image.fromarray(rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8))
-        file = io.BytesIO()
-        transforms.resize(small, *PHOTOGRAPH).save(file, "JPEG")
-        self.photograph = file.getvalue()
-        scores = rng.random((rows, columns, 4), dtype=np.float32)
+        scores = np.random.default_rng(0).random((rows, columns, 4), dtype=np.float32)
         self.scores = scores.repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -77,16 +82,25 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     With --amp, --tf32 or --compile, steps without them are the baseline. The first step of each is
     not timed. Times are medians; after each part, the device is waited for.
     """
-    plain = argparse.Namespace(**{**vars(args), "amp": None, "tf32": False, "compile": False})
     figures: dict[str, float] = {}
-    if args.amp or args.tf32 or args.compile:
-        baseline = time_steps(plain, device)
+    if has_switches(args):
+        baseline = time_steps(without_switches(args), device)
         figures |= {f"baseline_{name}": value for name, value in baseline.items()}
     figures |= time_steps(args, device)
     if "baseline_step_s" in figures:
         figures["speedup"] = figures["baseline_step_s"] / figures["step_s"]
     report(figures, args)
     return figures
+
+
+def has_switches(args: argparse.Namespace) -> bool:
+    """Whether a switch for speed is on, so that there is a baseline without."""
+    return bool(args.amp or args.tf32 or args.compile)
+
+
+def without_switches(args: argparse.Namespace) -> argparse.Namespace:
+    """The same arguments, but all switches for speed off."""
+    return argparse.Namespace(**{**vars(args), "amp": None, "tf32": False, "compile": False})
 
 
 def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -150,15 +164,20 @@ def _loss(
 
 def report(figures: dict[str, float], args: argparse.Namespace) -> None:
     """Print the figures as a table for people."""
-    sides = [side for side in ("baseline_", "") if f"{side}step_s" in figures]
     print(f"{args.network.__name__}, {args.batch} images of {args.crop_size} x {args.crop_size}")
+    print_table(figures)
+
+
+def print_table(figures: dict[str, float]) -> None:
+    """A row a figure, beside that of its baseline, if there is one, and last the speedup."""
+    sides = ("baseline_", "") if "speedup" in figures else ("",)
     if len(sides) > 1:
         print(f"{'':<18}" + "".join(f"{side:>12}" for side in ("baseline", "ours")))
-    units = {"images_per_second": ""} | {f"{part}_s": " s" for part in (*PARTS, "step")}
-    for name in (*(f"{part}_s" for part in PARTS), "step_s", "images_per_second", "peak_mb"):
-        if name in figures:
-            values = "".join(f"{figures[side + name]:12.4f}" for side in sides)
-            title = name.removesuffix("_s").replace("_", " ")
-            print(f"{title:<18}{values}{units.get(name, '')}")
+    for name in figures:
+        if name == "speedup" or name.startswith("baseline_"):
+            continue
+        values = "".join(f"{figures[side + name]:12.4f}" for side in sides)
+        title = name.removesuffix("_s").replace("_", " ")
+        print(f"{title:<18}{values}{' s' if name.endswith('_s') else ''}")
     if "speedup" in figures:
         print(f"{'speedup':<18}{figures['speedup']:12.2f} x")

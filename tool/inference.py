@@ -77,6 +77,8 @@ class Run:
         if is_main():
             outputs.begin(self.folders, self.all_ids, self.args.overwrite)
         gather(None)  # nobody writes before that is done
+        total = len(self.ids)
+        self._bar = cli.progress(None, self.name, total=total, disable=not is_main())
         return self
 
     def each(self, samples: Iterable[Any]) -> Iterator[Any]:
@@ -84,22 +86,22 @@ class Run:
 
         ``samples`` are those of ``ids``, or a DataError in their place.
         """
-        with cli.progress(None, self.name, total=len(self.ids), disable=not is_main()) as bar:
-            for image_id, sample in zip(self.ids, samples, strict=True):
-                if self.stop.received:
-                    self._stopped = True
-                    return
-                if not isinstance(sample, DataError):
-                    yield sample
-                elif self.args.skip_bad:
-                    self._bad[image_id] = str(sample)
-                else:
-                    # Raised at the end, so that what is under way gets finished.
-                    self._error = sample
-                    return
-                bar.update()
+        for image_id, sample in zip(self.ids, samples, strict=True):
+            if self.stop.received:
+                self._stopped = True
+                return
+            if not isinstance(sample, DataError):
+                yield sample
+            elif self.args.skip_bad:
+                self._bad[image_id] = str(sample)
+            else:
+                # Raised at the end, so that what is under way gets finished.
+                self._error = sample
+                return
+            self._bar.update()
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
+        self._bar.close()
         if error is None and self._error:
             hint = "the same command makes the others, with --skip_bad without this one."
             raise DataError(f"{self._error} {self._count()}; {hint}") from self._error
