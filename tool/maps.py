@@ -185,9 +185,12 @@ def _load_npz_maps(path: Path, size: tuple[int, int] | None) -> dict[int, np.nda
             names = [member.filename for member in members]
             if len(members) > VOID or len(set(names)) < len(names):
                 raise ValueError(f"it has {len(members)} arrays, of {len(set(names))} names")
+            classes = [_class_of_member(name) for name in names]
+            if len(set(classes)) < len(classes):
+                raise ValueError("it has one class twice")
             return {
-                _class_of_member(member.filename): _read_member(path, archive, member, size)
-                for member in members
+                key: _read_member(path, archive, member, size)
+                for key, member in zip(classes, members, strict=True)
             }
     except DataError:
         raise
