@@ -253,7 +253,10 @@ class Pipeline:
         return self.args.stages or STAGES
 
     def fresh_start(self, step: Step, history: History) -> list[str]:
-        """A training with other settings must not go on from the checkpoint of the old ones."""
+        """The flags by which a step does not go on from what another run of it has left."""
+        if step.stage.startswith("infer"):
+            again = self.args.first_stage or not history.goes_on(step)
+            return ["--overwrite"] if again else []
         is_training = step.stage.startswith("train")
         checkpoint = step.outputs[0].with_suffix(".ckpt")
         if is_training and checkpoint.exists() and history.changed_settings(step):

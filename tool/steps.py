@@ -19,6 +19,7 @@ Word = str | Path | int | float
 # Flags that say where and how a program runs, not what comes of it.
 IRRELEVANT_FLAGS = (
     *("--device", "--num_workers", "--resume", "--save_every", "--log_every", "--tensorboard"),
+    *("--crf_workers", "--overwrite", "--skip_bad"),
 )
 # Files of these kinds count by their content: lists, class names, image-level labels.
 CONTENT_SUFFIXES = (".txt", ".npy")
@@ -112,6 +113,11 @@ class History:
             if output.is_dir() and _number_of_files(output) < made:
                 return f"{output} holds fewer than the {made} files that were made"
         return None
+
+    def goes_on(self, step: Step) -> bool:
+        """Whether what the step has left is of its present settings and inputs."""
+        stale = step.name in self.records and self.records[step.name]["state"] == STALE
+        return not stale and not self.changed_settings(step)
 
     def changed_settings(self, step: Step) -> list[str]:
         """Which settings are not those that the step was last run with: "--lr was 0.1, is 0.2"."""

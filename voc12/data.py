@@ -390,6 +390,7 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
 
     Raises DataError as ``load_maps`` does, and where the two do not belong together.
     """
+    low_path, high_path = maps_file(low_path), maps_file(high_path)
     low, high = load_maps(low_path, size), load_maps(high_path, size)
     if low.keys() != high.keys() or 0 not in low:
         raise DataError(

@@ -41,7 +41,7 @@ from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
 from tool.crf import background_and_maps, dense_crf
 from tool.errors import DataError, UsageError
 from tool.loading import load
-from tool.maps import atomic_write, load_index_png, stack_maps
+from tool.maps import atomic_write, load_index_png, maps_file, stack_maps
 from voc12.data import (
     BACKGROUND,
     Devkit,
@@ -380,7 +380,8 @@ def present_ids(args: argparse.Namespace, ids: Sequence[str]) -> list[str]:
         else (args.cam, ".npy", "infer_cls.py --out_cam makes them")
     )
     if args.allow_missing:
-        present = [image_id for image_id in ids if Path(folder, image_id + suffix).is_file()]
+        paths = {image_id: maps_file(Path(folder, image_id + suffix)) for image_id in ids}
+        present = [image_id for image_id in ids if paths[image_id].is_file()]
         if present:
             return present
     require_files(folder, ids, suffix, hint)
