@@ -606,6 +606,22 @@ def test_imagenet_is_for_training_only(say):
         load_for_inference(_without_memory("vgg16_cls"), "imagenet", say)
 
 
+@pytest.mark.parametrize("name", ["train_cls", "infer_cls"])
+def test_imagenet_for_another_network_is_a_usage_error(name, golden_voc, tmp_path):
+    (tmp_path / "ids.txt").write_text("".join(f"{p.stem}\n" for p in _images(golden_voc)))
+    lists = {
+        "train_cls": "--train_list ids.txt --val_list ids.txt --batch_size 1",
+        "infer_cls": "--infer_list ids.txt --out_cam cam",
+    }[name]
+    command = f"{name} {lists} --voc12_root {golden_voc} --network network.tiny_cls"
+    outcome = run_program(f"{command} --weights imagenet --device cpu --num_workers 0", tmp_path)
+    outcome.assert_failed(2, "--weights imagenet")
+
+
+def _images(root: Path) -> list[Path]:
+    return sorted((root / "JPEGImages").glob("*"))
+
+
 @pytest.mark.parametrize("damaged", [None, b"", b"<html>", "other"])
 def test_failed_download_says_where_the_file_can_be_put(damaged, hub, say):
     if damaged is not None:
