@@ -177,6 +177,20 @@ def test_affinity_is_symmetric_under_mirroring():
     assert checked == 30
 
 
+@given(st.integers(1, 11), st.integers(1, 12), radii, st.integers(0, 99))
+def test_affinity_is_symmetric_in_its_pair(height, width, radius, seed):
+    # A half turn exchanges the two cells of each pair: what was the target is the source.
+    features = torch.from_numpy(np.random.default_rng(seed).normal(size=(1, 4, height, width)))
+    straight = pair_affinity(features, radius, full_graph=True)[0]
+    turned = pair_affinity(features.flip(-2, -1), radius, full_graph=True)[0]
+    for o, (dy, dx) in enumerate(pair_offsets(radius)):
+        there, back = (affinity[o].view(height, width) for affinity in (straight, turned))
+        rows, columns = slice(dy, height), slice(max(0, dx), max(0, width + min(0, dx)))
+        ends = back.flip(-2, -1)[rows, columns]
+        starts = slice(0, max(0, height - dy)), slice(max(0, -dx), max(0, width - max(0, dx)))
+        assert torch.equal(there[starts], ends)
+
+
 def test_affinity_depends_on_feature_differences_alone():
     features = torch.randn(1, 5, 9, 12, generator=torch.Generator().manual_seed(1))
     moved = features + torch.arange(5.0).view(1, 5, 1, 1)
@@ -215,6 +229,20 @@ def test_pair_has_one_kind_at_most_and_none_with_void(label):
     assert (kinds <= 1).all()
     without_void = torch.from_numpy(np.where(label == VOID, 0, label))
     assert (torch.stack(pair_labels(without_void, 5)).int().sum(dim=0) == 1).all()
+
+
+@given(label_grids, radii)
+def test_pairs_of_a_mirrored_label_are_the_mirrored_pairs(label, radius):
+    grid = source_grid(*label.shape[1:], radius)
+    offsets = pair_offsets(radius)
+    straight, mirrored = (
+        [kind.unflatten(2, grid) for kind in pair_labels(torch.from_numpy(array.copy()), radius)]
+        for array in (label, label[..., ::-1])
+    )
+    for kind, mirror in zip(straight, mirrored, strict=True):
+        for o, (dy, dx) in enumerate(offsets):
+            if dy > 0:  # the mirror image of (0, dx) starts at the pair's other cell
+                assert torch.equal(kind[:, o], mirror[:, offsets.index((dy, -dx))].flip(-1))
 
 
 # ---- loss ----
@@ -323,6 +351,35 @@ def test_label_is_kept_where_any_pooled_score_reaches_the_floor():
 
 def test_label_of_an_image_without_classes_is_background():
     assert affinity_label(torch.ones(1, 16, 16), torch.ones(1, 16, 16), 8).eq(0).all()
+
+
+def _random_scores(seed, rows, columns, stride=8, maps=3):
+    """Scores of two alphas, maps x rows * stride x columns * stride, some cells without any."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (maps, rows * stride, columns * stride)
+    empty = torch.rand(rows, columns, generator=generator) < 0.2
+    empty = empty.repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+    return [torch.rand(size, generator=generator).masked_fill(empty, 0) for _ in range(2)]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_label_of_mirrored_scores_is_the_mirrored_label(rows, columns, seed):
+    low, high = _random_scores(seed, rows, columns)
+    label = affinity_label(low, high, 8)
+    assert torch.equal(affinity_label(low.flip(-1), high.flip(-1), 8), label.flip(-1))
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99), st.data())
+def test_label_of_a_crop_is_the_cropped_label(rows, columns, seed, data):
+    low, high = _random_scores(seed, rows, columns)
+    top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
+    cropped = (scores[:, 8 * top :, 8 * left :] for scores in (low, high))
+    label = affinity_label(low, high, 8)
+    assert torch.equal(affinity_label(*cropped, 8), label[top:, left:])
+    # What a crop lays beyond the image has no label.
+    padded = (torch.nn.functional.pad(scores, (8, 0, 0, 16)) for scores in (low, high))
+    expected = torch.nn.functional.pad(label, (1, 0, 0, 2), value=VOID)
+    assert torch.equal(affinity_label(*padded, 8), expected)
 
 
 def test_label_leaves_its_arguments_alone():

@@ -88,6 +88,12 @@ def test_no_steps_give_the_scores_back_normalized(crf, image, maps):
     np.testing.assert_allclose(probabilities, scores / scores.sum(axis=0), atol=1e-5)
 
 
+def test_pairwise_terms_of_no_weight_give_the_scores_back_normalized(image, maps):
+    scores = np.clip(background_and_maps(maps, 4), 1e-5, 1)
+    probabilities = _crf(image, scores, gaussian_compat=0, bilateral_compat=0)
+    np.testing.assert_allclose(probabilities, scores / scores.sum(axis=0), atol=1e-5)
+
+
 @pytest.mark.parametrize("score", [0.0, 1e-9, 0.3, 1.0])
 def test_two_labels_of_equal_scores_stay_equal(crf, score, image):
     scores = np.full((2, HEIGHT, WIDTH), score, np.float32)
