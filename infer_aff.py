@@ -13,6 +13,7 @@ there are skipped, so a command that was killed goes on when it is repeated.
 """
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -188,7 +189,7 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
         if args.trace_ids:
             raise UsageError("--trace_ids needs --trace, the folder for the pictures.")
         return []
-    if Path(args.trace).resolve() == Path(args.out_rw).resolve():
+    if os.path.realpath(args.trace) == os.path.realpath(args.out_rw):
         raise UsageError("--trace and --out_rw must be different folders: both get <id>.png.")
     unknown = [image_id for image_id in args.trace_ids or [] if image_id not in ids]
     if unknown:
@@ -199,6 +200,8 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
     seed_generators(args.seed)
     devkit = open_devkit(args)
+    devkit.require_output("--out_rw", args.out_rw)
+    devkit.require_output("--trace", args.trace)
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)
     net = args.network.Net(radius=args.radius)

@@ -14,6 +14,7 @@ files are all there are skipped, so a command that was killed goes on when it is
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -211,7 +212,11 @@ def infer(
 
 def check_output_folders(args: argparse.Namespace) -> None:
     """Raise UsageError if no folder is named, or one twice for files of the same name."""
-    map_folders = [Path(f).resolve() for f in (args.out_cam, args.out_la_crf, args.out_ha_crf) if f]
+    map_folders = [
+        os.path.realpath(folder)
+        for folder in (args.out_cam, args.out_la_crf, args.out_ha_crf)
+        if folder
+    ]
     if not (map_folders or args.out_cam_pred):
         raise UsageError(
             "name at least one of --out_cam, --out_la_crf, --out_ha_crf, --out_cam_pred."
@@ -226,6 +231,8 @@ def check_output_folders(args: argparse.Namespace) -> None:
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
     seed_generators(args.seed)
     devkit = open_devkit(args)
+    for name in ("out_cam", "out_la_crf", "out_ha_crf", "out_cam_pred"):
+        devkit.require_output(f"--{name}", getattr(args, name))
     ids = read_ids(args.infer_list)
     net = args.network.Net(num_classes=len(devkit.class_names))
     load_for_inference(net, args.weights, say)

@@ -16,6 +16,7 @@ when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if Path(args.la_crf_dir).resolve() == Path(args.ha_crf_dir).resolve():
+    if os.path.realpath(args.la_crf_dir) == os.path.realpath(args.ha_crf_dir):
         raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
     device = choose_device(args.device)
     with process_group(device):

@@ -113,7 +113,7 @@ def _benchmark(benchmarks, name: str, function: Callable, text: str) -> Callable
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--threads", type=cli.positive_int, help="CPU threads (default: PyTorch's choice)")
     add("--repeats", type=cli.positive_int, default=5, help="timed runs of each side")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the random inputs")
+    add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
     add("--json", metavar="FILE", help="write the figures there, too")
     add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
     return add

@@ -76,8 +76,19 @@ def non_negative_int(text: str) -> int:
 
 
 def pair_radius(text: str) -> int:
-    """argparse type: a whole number of at least 2; below, there is no pair."""
-    return _number(text, int, lambda value: value >= 2, "a whole number of at least 2")
+    """argparse type: cells from 2 on (below, there is no pair) to 64, the width of most images."""
+    return _number(text, int, lambda value: 2 <= value <= 64, "a whole number from 2 to 64")
+
+
+def random_seed(text: str) -> int:
+    """argparse type: what every generator can be seeded with."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+
+
+def process_count(text: str) -> int:
+    """argparse type: a number of worker processes that a machine can bear."""
+    most = max(64, os.cpu_count() or 1)
+    return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
 
 
 def walk_exponent(text: str) -> int:
@@ -188,13 +199,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say where and how any of the four programs runs."""
     parser.add_argument(
         "--num_workers",
-        type=non_negative_int,
+        type=process_count,
         default=default_num_workers(),
         help="processes that load images; 0 loads in the program itself",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
-        "--seed", type=non_negative_int, default=0, help="same seed, same result on a CPU"
+        "--seed", type=random_seed, default=0, help="same seed, same result on a CPU"
     )
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ TEMPORARY_NAME = ".{}.{}.tmp"
 MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
 # Bytes of an array's header in an .npz file; NumPy writes 128.
 MAX_HEADER_BYTES = 4096
+# What photographs and masks come in. Pillow knows more, but for some starts other programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 # The label of pixels that count for nothing, in every index image (VOC's "void").
 VOID = 255
 
@@ -289,18 +292,26 @@ def load_index_png(path: str | os.PathLike) -> np.ndarray:
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, decoded to its end, in its own mode.
+    """The (first) image in a file of one of IMAGE_FORMATS, decoded to its end, in its own mode.
 
-    Raises DataError if the file is missing, not an image, truncated, or larger than Pillow's limit
-    for decompression bombs.
+    Raises DataError if the file is missing, not such an image, truncated, or has more pixels than
+    ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's limit against decompression bombs.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
+        with warnings.catch_warnings():
+            # Above the limit, Pillow only warns; at twice the limit, it refuses.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                image.load()
+                return image.copy()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: has more pixels than Pillow's limit against decompression bombs, "
+            f"{Image.MAX_IMAGE_PIXELS}; make the image smaller."
+        ) from error
+    except Exception as error:  # a damaged image can raise nearly anything
         raise DataError(f"{path}: not a readable image ({error}).") from error
 
 

@@ -7,7 +7,8 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 
 from tool import transforms
 from tool.affinity import affinity_label
-from tool.errors import DataError
+from tool.errors import DataError, UsageError
 from tool.maps import (
     VOID,
     load_index_png,
@@ -41,13 +42,22 @@ VOC_CLASSES = (
 
 BACKGROUND = "background"
 LABEL_FILE = "voc12/cls_labels.npy"
-# How far CRF scores may be from summing to one.
+# How far scores may be from 0..1, and CRF scores from summing to one.
 PROBABILITY_TOLERANCE = 1e-3
 # Share of background by which the high alpha's scores must exceed the low one's to be told apart.
 SWAPPED_MARGIN = 0.02
 # How many of the missing files an error names.
 NAMED_MISSING = 4
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# A file's name has 255 bytes at most; this leaves room for an ending and a temporary name's.
+MAX_ID_BYTES = 220
+# How much of a name from a file stands in an error message.
+SHOWN_CHARACTERS = 80
+# A devkit's folders, which no output may go to.
+INPUT_FOLDERS = (
+    *("JPEGImages", "Annotations", "ImageSets"),
+    *("SegmentationClass", "SegmentationClassAug", "SegmentationObject"),
+)
 
 Normalize = Callable[[np.ndarray], np.ndarray]
 
@@ -60,7 +70,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file in UTF-8.") from error
-    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    # A # within a name is part of it.
+    lines = (re.split(r"(?:^|\s)#", line)[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 
@@ -88,20 +99,50 @@ def read_ids(path: str | os.PathLike) -> list[str]:
             f"{path}: no such list; make the lists with "
             "python3 -m voc12.prepare --voc12_root VOC2012, or name another list."
         )
-    ids = [_image_id(line.split()[0]) for line in read_lines(path)]
+    ids = [_image_id(line) for line in read_lines(path)]
     if not ids:
         raise DataError(f"{path}: the list is empty; it needs one image a line.")
-    for image_id in ids:
-        if image_id in ("", ".", "..") or "\\" in image_id or not image_id.isprintable():
-            raise DataError(f"{path}: {image_id!r} cannot be an image id.")
+    require_ids(path, ids)
     return ids
 
 
-def _image_id(field: str) -> str:
-    # An id may hold dots; only a path's or an image file's ending is none of its own.
-    if "/" in field or field.lower().endswith(IMAGE_SUFFIXES):
-        return Path(field).stem
-    return field
+def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
+    """Raise DataError, naming the source, if a name cannot be an image id.
+
+    An id names files within a folder and nowhere else, can be printed, and comes back from a list
+    as it was.
+    """
+    for image_id in ids:
+        if (
+            image_id in ("", ".", "..")
+            or "/" in image_id
+            or "\\" in image_id
+            or not image_id.isprintable()
+            or len(image_id.encode()) > MAX_ID_BYTES
+            or _image_id(list_line(image_id)) != image_id
+        ):
+            raise DataError(f"{source}: {_shortened(image_id)} cannot be an image id; rename it.")
+
+
+def list_line(image_id: str, with_mask: bool = False) -> str:
+    """An image's line in a list file: its path and, if asked, its mask's, below the devkit."""
+    line = f"/JPEGImages/{image_id}.jpg"
+    return f"{line} /SegmentationClassAug/{image_id}.png" if with_mask else line
+
+
+def _image_id(line: str) -> str:
+    field = line.split()[0]
+    if "/" in field:
+        # A path may hold spaces: it ends before the next path, or where an image's name does.
+        path = re.split(r"\s+/", line)[0]
+        named = re.match(r".*?(?:\.jpg|\.jpeg|\.png)(?=\s|$)", path, re.IGNORECASE)
+        return Path(named[0] if named else field).stem
+    # An id may hold dots; only an image file's ending is none of its own.
+    return Path(field).stem if field.lower().endswith(IMAGE_SUFFIXES) else field
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "...")
 
 
 def add_devkit_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
@@ -179,13 +220,29 @@ class Devkit:
             f"labels: {from_file} from {self.label_file}, {len(ids) - from_file} from annotations"
         )
 
+    def require_output(self, flag: str, folder: str | os.PathLike | None) -> None:
+        """Raise UsageError if what is written to a flag's folder would lie among the inputs."""
+        if folder is None:
+            return
+        inputs = {os.path.realpath(self.root / name) for name in INPUT_FOLDERS}
+        output = Path(os.path.realpath(folder))
+        if not inputs.isdisjoint(map(str, (output, *output.parents))):
+            raise UsageError(
+                f"{flag} {folder}: is a folder of the devkit's own, whose files it could replace; "
+                "name another."
+            )
+
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
         image = open_image(self.image_path(image_id))
         if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
             high_byte = np.array(image).astype(np.int64) >> 8
             image = Image.fromarray(np.clip(high_byte, 0, 255).astype(np.uint8))
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")
+        except ValueError as error:
+            path = self.image_path(image_id)
+            raise DataError(f"{path}: its colours cannot be made RGB ({error}).") from error
 
     def load_mask(self, image_id: str) -> np.ndarray:
         """The segmentation mask: uint8 H x W, 0 background, k+1 for class k, 255 void."""
@@ -198,14 +255,16 @@ class Devkit:
         """
         if image_id not in self._labels:
             return self.annotated_label(image_id)
-        label = np.asarray(self._labels[image_id])
-        if label.shape != (len(self.class_names),) or label.dtype.kind not in "fiub":
+        try:
+            label = np.asarray(self._labels[image_id], np.float32)
+        except (TypeError, ValueError):
+            label = np.empty(0)
+        if label.shape != (len(self.class_names),) or not np.isin(label, (0, 1)).all():
             raise DataError(
-                f"{self.label_file}: the label of {image_id} has shape {label.shape} and type "
-                f"{label.dtype}, but must be a number for each of the {len(self.class_names)} "
-                "classes; make the file again with voc12.prepare."
+                f"{self.label_file}: the label of {image_id} is not a 0 or 1 for each of the "
+                f"{len(self.class_names)} classes; make the file again with voc12.prepare."
             )
-        return label.astype(np.float32)
+        return label
 
     def annotated_label(self, image_id: str) -> np.ndarray:
         """float32 [classes], 1 where the annotation has such an object, difficult or not."""
@@ -217,14 +276,19 @@ class Devkit:
             )
         try:
             tree = defusedxml.ElementTree.parse(path)
-        except (ParseError, ValueError, OSError, DefusedXmlException) as error:
+        except (ParseError, ValueError, LookupError, OSError, DefusedXmlException) as error:
             raise DataError(f"{path}: not a readable annotation ({error}).") from error
+        if tree.getroot().tag != "annotation":
+            raise DataError(
+                f"{path}: not a VOC annotation, whose root is <annotation>, but "
+                f"{_shortened(tree.getroot().tag)}."
+            )
         label = np.zeros(len(self.class_names), np.float32)
-        for name in tree.getroot().iterfind("object/name"):
-            class_name = (name.text or "").strip()
+        for annotated in tree.getroot().iterfind("object"):
+            class_name = (annotated.findtext("name") or "").strip()
             if class_name not in self.class_names:
                 raise DataError(
-                    f"{path}: the class {class_name!r} is not in the class list; "
+                    f"{path}: the class {_shortened(class_name)} is not in the class list; "
                     "see --classes for data sets other than VOC."
                 )
             label[self.class_names.index(class_name)] = 1
@@ -388,10 +452,10 @@ class AffinityTrainingSet(_TrainingSet):
 def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
     """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
 
-    Raises DataError as ``load_maps`` does, and where the two do not belong together.
+    Raises DataError as ``load_scores`` does, and where the two do not belong together.
     """
     low_path, high_path = maps_file(low_path), maps_file(high_path)
-    low, high = load_maps(low_path, size), load_maps(high_path, size)
+    low, high = load_scores(low_path, size), load_scores(high_path, size)
     if low.keys() != high.keys() or 0 not in low:
         raise DataError(
             f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
@@ -440,11 +504,11 @@ class AffinityInferenceSet(_ImageSet):
 def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
     """Class activation maps {class: float32 H x W} of an image of the given (H, W).
 
-    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
+    Raises DataError as ``load_scores`` does, and for CRF scores, in which each class stands one
     further, or a class that the class list does not have.
     """
     path = maps_file(path)
-    maps = load_maps(path, size)
+    maps = load_scores(path, size)
     if 0 in maps and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
         raise DataError(
             f"{path}: holds CRF scores (they sum to one, background first), not class activation "
@@ -475,6 +539,22 @@ def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int)
             "--classes."
         )
     return label
+
+
+def load_scores(path: str | os.PathLike, size: tuple[int, int]) -> dict:
+    """Maps {key: float32 H x W} of an image of the given (H, W), with values in 0..1.
+
+    Raises DataError as ``load_maps`` does, and for other values.
+    """
+    maps = load_maps(path, size)
+    for key, values in maps.items():
+        low, high = values.min(), values.max()
+        if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
+            raise DataError(
+                f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
+                "are in 0..1; make the maps again with infer_cls.py."
+            )
+    return maps
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:

@@ -18,7 +18,14 @@ import numpy as np
 from tool import cli
 from tool.errors import DataError
 from tool.maps import atomic_write, save_npy_dict
-from voc12.data import Devkit, add_devkit_arguments, open_devkit, read_ids
+from voc12.data import (
+    Devkit,
+    add_devkit_arguments,
+    list_line,
+    open_devkit,
+    read_ids,
+    require_ids,
+)
 
 SPLITS = ("train", "val", "test")
 AUGMENTED = "train_aug"
@@ -57,22 +64,19 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
         found = [folder for folder in folders if folder.is_dir()]
         if not found:
             raise DataError(f"{sbd_root}: has no folder cls with SBD's masks; see --sbd_root.")
-        ids = {path.stem for path in found[0].glob("*.mat")} | set(splits.get("train", []))
+        folder, ending, more = found[0], ".mat", splits.get("train", [])
     else:
-        ids = {path.stem for path in (devkit.root / "SegmentationClassAug").glob("*.png")}
+        folder, ending, more = devkit.root / "SegmentationClassAug", ".png", []
+    masked = {path.stem for path in folder.glob(f"*{ending}")}
+    require_ids(folder, sorted(masked))
+    ids = masked.union(more)
     return sorted(ids - set(splits.get("val", [])))
 
 
 def write_list(path: Path, ids: list[str], masks: bool) -> None:
     """One line an image: its path and, with ``masks``, its mask's, below the devkit's root."""
-    lines = [
-        f"/JPEGImages/{image_id}.jpg"
-        + (f" /SegmentationClassAug/{image_id}.png" if masks else "")
-        + "\n"
-        for image_id in ids
-    ]
     with atomic_write(path) as file:
-        file.write("".join(lines).encode())
+        file.writelines(f"{list_line(image_id, masks)}\n".encode() for image_id in ids)
 
 
 def labels_of(devkit: Devkit, ids: list[str]) -> dict[str, np.ndarray]:
@@ -86,6 +90,7 @@ def labels_of(devkit: Devkit, ids: list[str]) -> dict[str, np.ndarray]:
 
 def main(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
+    devkit.require_output("--out_dir", args.out_dir)
     out_dir = Path(args.out_dir)
     lists = split_ids(devkit)
     augmented = augmented_ids(devkit, lists, args.sbd_root)

@@ -29,6 +29,7 @@ from voc12.data import VOC_CLASSES
 
 MIN_IMAGES = 2  # one to train on, one to validate on
 MIN_SIZE = 64  # below, a head is a few pixels
+MAX_SIZE = 4096  # above, a scene takes gigabytes
 VAL_STRIDE = 5  # every fifth image is a val image
 MARKER = "toy.json"  # tells a toy devkit from a folder that is somebody's work
 JPEG_QUALITY = 95
@@ -117,8 +118,8 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     """
     if images < MIN_IMAGES:
         raise UsageError(f"--images {images}: a devkit needs at least {MIN_IMAGES} images.")
-    if size < MIN_SIZE:
-        raise UsageError(f"--size {size}: objects need a side of at least {MIN_SIZE} pixels.")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise UsageError(f"--size {size}: the long side has {MIN_SIZE} to {MAX_SIZE} pixels.")
     out = Path(out)
     _claim_folder(out, {"images": images, "size": size, "seed": seed})
     ids = [f"toy_{index:06d}" for index in range(images)]
@@ -346,7 +347,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--size",
         default=192,
         type=cli.positive_int,
-        help=f"long side of an image in pixels, at least {MIN_SIZE}",
+        help=f"long side of an image in pixels, {MIN_SIZE} to {MAX_SIZE}",
     )
     parser.add_argument(
         "--seed", default=0, type=cli.non_negative_int, help="another seed, another data set"

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from tool.maps import atomic_write, voc_palette
 
-PANEL_WIDTH = 240  # pixels of a panel; its height follows from the image
+PANEL_WIDTH = 240  # pixels of a panel; its height follows from the image,
+MAX_PANEL_HEIGHT = 720  # up to this: a narrow image is shown wider than it is
 CAPTION_HEIGHT = 18  # pixels
 LABEL_STRENGTH = 0.65  # of a label's colour over the photograph
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 600, 2000
@@ -46,7 +47,8 @@ def _panel(image: Image.Image, label: np.ndarray | None, caption: str) -> Image.
         colours = np.asarray(voc_palette(), np.float32).reshape(-1, 3)[label]
         strength = np.where(label == 0, 0, LABEL_STRENGTH)[..., None]
         picture = Image.fromarray((pixels + (colours - pixels) * strength).astype(np.uint8))
-    height = max(1, round(PANEL_WIDTH * image.height / image.width))
+    height = round(PANEL_WIDTH * image.height / image.width)
+    height = min(max(1, height), MAX_PANEL_HEIGHT)
     panel = Image.new("RGB", (PANEL_WIDTH, CAPTION_HEIGHT + height), "white")
     panel.paste(picture.resize((PANEL_WIDTH, height)), (0, CAPTION_HEIGHT))
     ImageDraw.Draw(panel).text((4, 3), caption, fill="black")
