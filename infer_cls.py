@@ -42,6 +42,7 @@ from tool.errors import UsageError
 from tool.inference import LONGEST_WAIT, Run, settings_of
 from tool.loading import load_each
 from tool.maps import MAP_FORMATS, save_index_png, save_maps
+from tool.memory import cam_limit
 from tool.outputs import OutputFolder
 from tool.weights import load_for_inference
 from tool.workers import WorkerPool
@@ -240,8 +241,10 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     run = Run("infer_cls", args, ids, output_folders(args, devkit), stop)
     if not args.skip_bad:
         say(devkit.require_labelled_images(run.todo))
+    limit = cam_limit(net, args.scales, args.num_workers, device)
+    dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales, limit)
     with run:
-        infer(net, MultiScaleSet(devkit, run.ids, net.normalize, args.scales), args, device, run)
+        infer(net, dataset, args, device, run)
 
 
 def main(args: argparse.Namespace) -> None:

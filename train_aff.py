@@ -38,6 +38,7 @@ from tool.distributed import (
 from tool.errors import UsageError
 from tool.loading import load_epochs
 from tool.maps import maps_file
+from tool.memory import require_memory_to_train
 from tool.training import (
     Training,
     add_training_arguments,
@@ -94,6 +95,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     check_crop_size(args.crop_size, net.stride, args.radius)
     notes: list[str] = []
     load_for_training(net, args.weights, notes.append)
+    require_memory_to_train(net, device, args.batch_size, args.crop_size, args.amp)
     train_set = AffinityTrainingSet(
         devkit,
         train_ids,

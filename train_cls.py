@@ -41,6 +41,7 @@ from tool.distributed import (
 )
 from tool.errors import UsageError
 from tool.loading import load, load_epochs
+from tool.memory import require_memory_to_train
 from tool.training import (
     Training,
     add_training_arguments,
@@ -69,14 +70,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resize_long",
         nargs=2,
-        type=cli.positive_int,
+        type=cli.side_length,
         default=(256, 512),
         metavar=("MIN", "MAX"),
         help="long side in pixels that training images are resized to, drawn from this range",
     )
     parser.add_argument(
         "--val_crop_size",
-        type=cli.positive_int,
+        type=cli.side_length,
         default=500,
         help="side of the validation images' centre crop, in pixels",
     )
@@ -142,6 +143,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     net = args.network.Net(num_classes=len(devkit.class_names))
     notes: list[str] = []
     load_for_training(net, args.weights, notes.append)
+    sides = args.crop_size, args.amp, args.val_crop_size, args.resize_long[1]
+    require_memory_to_train(net, device, args.batch_size, *sides)
     train_set = ClassifierTrainingSet(
         devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
     )

@@ -88,9 +88,9 @@ def test_no_steps_give_the_scores_back_normalized(crf, image, maps):
     np.testing.assert_allclose(probabilities, scores / scores.sum(axis=0), atol=1e-5)
 
 
-def test_pairwise_terms_of_no_weight_give_the_scores_back_normalized(image, maps):
+def test_pairwise_terms_of_no_weight_give_the_scores_back_normalized(crf, image, maps):
     scores = np.clip(background_and_maps(maps, 4), 1e-5, 1)
-    probabilities = _crf(image, scores, gaussian_compat=0, bilateral_compat=0)
+    probabilities = crf(image, scores, gaussian_compat=0, bilateral_compat=0)
     np.testing.assert_allclose(probabilities, scores / scores.sum(axis=0), atol=1e-5)
 
 

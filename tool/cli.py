@@ -75,6 +75,11 @@ def non_negative_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
 
+def side_length(text: str) -> int:
+    """argparse type: pixels, at most as many as a JPEG's side has."""
+    return _number(text, int, lambda value: 1 <= value <= 65535, "a whole number from 1 to 65535")
+
+
 def pair_radius(text: str) -> int:
     """argparse type: cells from 2 on (below, there is no pair) to 64, the width of most images."""
     return _number(text, int, lambda value: 2 <= value <= 64, "a whole number from 2 to 64")

@@ -65,7 +65,7 @@ def add_training_arguments(
         help="images in a step, all processes together",
     )
     add("--max_epoches", type=cli.positive_int, default=epochs, help="passes over the list")
-    add("--crop_size", type=cli.positive_int, default=crop_size, help="side of a crop, pixels")
+    add("--crop_size", type=cli.side_length, default=crop_size, help="side of a crop, pixels")
     add(
         "--lr",
         type=cli.positive_float,

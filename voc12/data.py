@@ -33,6 +33,7 @@ from tool.maps import (
     open_image,
     stack_maps,
 )
+from tool.memory import MemoryLimit
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -374,6 +375,26 @@ class ClassifierValidationSet(_ImageSet):
         return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
 
 
+class _WholeImageSet(_ImageSet):
+    """Images as large as they are; a sample raises DataError where one is beyond ``limit``."""
+
+    def __init__(
+        self,
+        devkit: Devkit,
+        ids: Sequence[str],
+        normalize: Normalize,
+        limit: MemoryLimit | None,
+    ):
+        super().__init__(devkit, ids, normalize)
+        self.limit = limit
+
+    def _load_image(self, image_id: str) -> Image.Image:
+        image = self.devkit.load_image(image_id)
+        if self.limit is not None:
+            self.limit.require(image_id, (image.height, image.width))
+        return image
+
+
 class MultiScaleSample(NamedTuple):
     """One image for multi-scale inference."""
 
@@ -383,18 +404,23 @@ class MultiScaleSample(NamedTuple):
     scaled: list[Tensor]  # a scale each: float32 2 x 3 x h x w, the image and its mirror image
 
 
-class MultiScaleSet(_ImageSet):
+class MultiScaleSet(_WholeImageSet):
     """Whole images at several scales, each with its mirror image: ``MultiScaleSample``."""
 
     def __init__(
-        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, scales: Sequence[float]
+        self,
+        devkit: Devkit,
+        ids: Sequence[str],
+        normalize: Normalize,
+        scales: Sequence[float],
+        limit: MemoryLimit | None = None,
     ):
-        super().__init__(devkit, ids, normalize)
+        super().__init__(devkit, ids, normalize, limit)
         self.scales = tuple(scales)
 
     def __getitem__(self, index: int) -> MultiScaleSample:
         image_id = self.ids[index]
-        image = self.devkit.load_image(image_id)
+        image = self._load_image(image_id)
         scaled = []
         for scale in self.scales:
             array = self._normalized(transforms.rescale(image, scale))
@@ -480,18 +506,23 @@ class AffinitySample(NamedTuple):
     maps: Tensor  # float32 classes x H x W
 
 
-class AffinityInferenceSet(_ImageSet):
+class AffinityInferenceSet(_WholeImageSet):
     """Whole images with the class maps of stage 2: ``AffinitySample``."""
 
     def __init__(
-        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, cam_dir: str | os.PathLike
+        self,
+        devkit: Devkit,
+        ids: Sequence[str],
+        normalize: Normalize,
+        cam_dir: str | os.PathLike,
+        limit: MemoryLimit | None = None,
     ):
-        super().__init__(devkit, ids, normalize)
+        super().__init__(devkit, ids, normalize, limit)
         self.cam_dir = Path(cam_dir)
 
     def __getitem__(self, index: int) -> AffinitySample:
         image_id = self.ids[index]
-        image = self.devkit.load_image(image_id)
+        image = self._load_image(image_id)
         path = self.cam_dir / f"{image_id}.npy"
         maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
         stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
