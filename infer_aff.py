@@ -41,8 +41,8 @@ from tool.errors import UsageError
 from tool.inference import LONGEST_WAIT, Run, settings_of
 from tool.loading import load_each
 from tool.maps import save_index_png
-from tool.outputs import OutputFolder, maps_identity
 from tool.memory import walk_limit
+from tool.outputs import OutputFolder, maps_identity
 from tool.random_walk import (
     TOLERANCE,
     pad_to_multiple,
@@ -212,7 +212,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     if not args.skip_bad:
         devkit.require_images(run.todo)
         require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
-    limit = walk_limit(net, args.num_workers, device)
+    limit = walk_limit(net, args.num_workers, device, crf_workers=0 if args.crf else None)
     dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir, limit)
     with run:
         infer(net, dataset, args, device, run)

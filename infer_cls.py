@@ -241,7 +241,8 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     run = Run("infer_cls", args, ids, output_folders(args, devkit), stop)
     if not args.skip_bad:
         say(devkit.require_labelled_images(run.todo))
-    limit = cam_limit(net, args.scales, args.num_workers, device)
+    crf_workers = count_crf_workers(args, len(run.ids), device) if crf_outputs(args) else None
+    limit = cam_limit(net, args.scales, args.num_workers, device, crf_workers)
     dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales, limit)
     with run:
         infer(net, dataset, args, device, run)

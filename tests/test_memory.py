@@ -140,8 +140,11 @@ def test_limits_follow_scales_and_loader_processes(monkeypatch):
     assert cam([2]) - cam([1]) > 3 * 2 * seen
     assert cam([1, 2]) - cam([2]) == 2 * 3 * 4  # the small pair
     assert cam([1], 3) - cam([1]) == 3 * 2 * 2 * 3 * 4  # two more samples a process
+    crf = [memory.cam_limit(tiny(), [0.1], 0, CPU, workers).bytes_per_pixel for workers in (0, 1)]
     limits = [memory.walk_limit(tiny("aff"), workers, CPU) for workers in (0, 2)]
     assert limits[1].bytes_per_pixel > limits[0].bytes_per_pixel
+    assert crf[0] > memory.CRF_BYTES_PER_PIXEL > cam([0.1])
+    assert crf[1] == cam([0.1]) + memory.CRF_BYTES_PER_PIXEL
     assert {limit.available for limit in limits} == {10**9}
 
 

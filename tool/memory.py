@@ -21,9 +21,11 @@ from tool.errors import DataError, UsageError
 
 GIGABYTE = 1e9
 FLOAT = 4  # bytes
-# Convolutions copy their input into another layout, and allocators keep more than is in use. The
-# largest measured share of the count: 1.4 (the tiny network), VGG-16's is 1.1.
+# Convolutions copy their input into another layout, and need scratch space. Measured at half a
+# megapixel and more, in shares of the count: VGG-16 1.0, ResNet-38 1.1, the tiny network 1.35.
 OVERHEAD = 1.4
+# The dense CRF with five labels; measured: 470 by PyTorch, 320 by pydensecrf.
+CRF_BYTES_PER_PIXEL = 480
 # Sides of the image that is counted; a tensor's size is proportional to the pixels.
 COUNTED_SIDE = 256
 # Bytes per pixel of a photograph that is augmented and normalized: Pillow's 4 and three times
@@ -151,26 +153,41 @@ class MemoryLimit(NamedTuple):
 
 
 def cam_limit(
-    net: nn.Module, scales: Sequence[float], num_workers: int, device: torch.device
+    net: nn.Module,
+    scales: Sequence[float],
+    num_workers: int,
+    device: torch.device,
+    crf_workers: int | None = None,
 ) -> MemoryLimit:
-    """Which images fit while their CAMs are computed, each scale with its mirror image."""
-    largest = max(scales) ** 2
+    """Which images fit while their CAMs are computed, each scale with its mirror image.
+
+    ``crf_workers`` processes compute the CRF meanwhile; 0: it comes after the network; None: never.
+    """
     pairs = 2 * 3 * FLOAT * sum(scale**2 for scale in scales)
-    network = OVERHEAD * 2 * largest * forward_bytes_per_pixel(net, "forward_cam")
+    seen = 2 * max(scales) ** 2 * forward_bytes_per_pixel(net, "forward_cam")
     # The sum, and one scale's two maps at the image's size.
-    maps = 3 * FLOAT * USUAL_MAPS
+    network = OVERHEAD * seen + 3 * FLOAT * USUAL_MAPS
     advice = "take smaller --scales, fewer --num_workers, a smaller image or a larger machine"
-    return _limit(network + maps, pairs, num_workers, device, advice)
+    computing = _with_crf(network, crf_workers)
+    return _limit(computing, pairs, num_workers, device, advice)
 
 
-def walk_limit(net: nn.Module, num_workers: int, device: torch.device) -> MemoryLimit:
-    """Which images fit while their maps walk along their affinities."""
+def walk_limit(
+    net: nn.Module, num_workers: int, device: torch.device, crf_workers: int | None = None
+) -> MemoryLimit:
+    """Which images fit while their maps walk along their affinities; ``crf_workers`` as above."""
     sample = FLOAT * (3 + USUAL_MAPS)
-    network = OVERHEAD * forward_bytes_per_pixel(net, "forward_features")
     # Padded maps with the background, then the scores and the largest of them.
     maps = 3 * FLOAT * (USUAL_MAPS + 1)
+    network = OVERHEAD * forward_bytes_per_pixel(net, "forward_features") + maps
     advice = "take fewer --num_workers, a smaller image or a larger machine"
-    return _limit(network + maps, sample, num_workers, device, advice)
+    return _limit(_with_crf(network, crf_workers), sample, num_workers, device, advice)
+
+
+def _with_crf(network: float, crf_workers: int | None) -> float:
+    if crf_workers is None:
+        return network
+    return max(network, CRF_BYTES_PER_PIXEL, network + crf_workers * CRF_BYTES_PER_PIXEL)
 
 
 def _limit(
