@@ -71,9 +71,13 @@ def read_lines(path: str | os.PathLike) -> list[str]:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file in UTF-8.") from error
-    # A # within a name is part of it.
-    lines = (re.split(r"(?:^|\s)#", line)[0].strip() for line in text.splitlines())
+    lines = map(_without_comment, text.splitlines())
     return [line for line in lines if line]
+
+
+def _without_comment(line: str) -> str:
+    # A # within a name is part of it.
+    return re.split(r"(?:^|\s)#", line)[0].strip()
 
 
 def read_class_names(path: str | os.PathLike | None) -> tuple[str, ...]:
@@ -120,7 +124,7 @@ def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
             or "\\" in image_id
             or not image_id.isprintable()
             or len(image_id.encode()) > MAX_ID_BYTES
-            or _image_id(list_line(image_id)) != image_id
+            or _image_id(_without_comment(list_line(image_id))) != image_id
         ):
             raise DataError(f"{source}: {_shortened(image_id)} cannot be an image id; rename it.")
 
