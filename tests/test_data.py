@@ -115,7 +115,7 @@ def test_class_names_of_a_file(tmp_path):
     ("text", "words"),
     [
         ("", "no class names"),
-        ("cat\ndog\ncat\n", "cat stands there twice"),
+        ("cat\ndog\ncat\n", "'cat' stands there twice"),
         ("background\ncat\n", "leave out background"),
         ("\n".join(f"c{k}" for k in range(255)), "255 classes"),
     ],
