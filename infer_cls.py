@@ -92,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add(
         "--crf_workers",
-        type=cli.non_negative_int,
+        type=cli.process_count,
         help="processes that compute CRFs on a CPU while the network sees the next image; 0 "
         "computes them in the program itself (default: the cores besides one, at most 8; 0 for "
         f"fewer than {FEW_IMAGES} images); on CUDA, torch needs none",

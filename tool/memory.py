@@ -167,7 +167,10 @@ def cam_limit(
     seen = 2 * max(scales) ** 2 * forward_bytes_per_pixel(net, "forward_cam")
     # The sum, and one scale's two maps at the image's size.
     network = OVERHEAD * seen + 3 * FLOAT * USUAL_MAPS
-    advice = "take smaller --scales, fewer --num_workers, a smaller image or a larger machine"
+    advice = (
+        "take smaller --scales, fewer --num_workers or --crf_workers, a smaller image or a larger "
+        "machine"
+    )
     computing = _with_crf(network, crf_workers)
     return _limit(computing, pairs, num_workers, device, advice)
 
