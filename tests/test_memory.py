@@ -160,7 +160,7 @@ def test_training_beyond_the_memory_names_its_flags(monkeypatch):
     ):
         with pytest.raises(UsageError, match=rf"^{flags}takes about [\d.]+ GB .* 1\.0 GB are free"):
             memory.require_memory_to_train(net, CPU, *sizes)
-    just_enough = training_bytes(net, 2, 64) // 2
+    just_enough = training_bytes(net, 2, 64) / 2
     monkeypatch.setattr(memory, "available_bytes", lambda device: just_enough)
     memory.require_memory_to_train(net, CPU, 2, 64, "bf16")
     with pytest.raises(UsageError, match="--crop_size 64: "):

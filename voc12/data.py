@@ -8,7 +8,7 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -482,10 +482,13 @@ class AffinityTrainingSet(_TrainingSet):
 def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
     """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
 
-    Raises DataError as ``load_scores`` does, and where the two do not belong together.
+    Raises DataError as ``load_maps`` does, for values that are no probabilities, and where the two
+    do not belong together.
     """
     low_path, high_path = maps_file(low_path), maps_file(high_path)
-    low, high = load_scores(low_path, size), load_scores(high_path, size)
+    low, high = load_maps(low_path, size), load_maps(high_path, size)
+    for path, scores in ((low_path, low), (high_path, high)):
+        require_scores(path, scores)
     if low.keys() != high.keys() or 0 not in low:
         raise DataError(
             f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
@@ -529,6 +532,7 @@ class AffinityInferenceSet(_WholeImageSet):
         image = self._load_image(image_id)
         path = self.cam_dir / f"{image_id}.npy"
         maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
+        require_scores(path, maps)
         stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
         array = transforms.to_chw(self._normalized(image))
         return AffinitySample(
@@ -539,11 +543,11 @@ class AffinityInferenceSet(_WholeImageSet):
 def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
     """Class activation maps {class: float32 H x W} of an image of the given (H, W).
 
-    Raises DataError as ``load_scores`` does, and for CRF scores, in which each class stands one
+    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
     further, or a class that the class list does not have.
     """
     path = maps_file(path)
-    maps = load_scores(path, size)
+    maps = load_maps(path, size)
     if 0 in maps and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
         raise DataError(
             f"{path}: holds CRF scores (they sum to one, background first), not class activation "
@@ -576,12 +580,8 @@ def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int)
     return label
 
 
-def load_scores(path: str | os.PathLike, size: tuple[int, int]) -> dict:
-    """Maps {key: float32 H x W} of an image of the given (H, W), with values in 0..1.
-
-    Raises DataError as ``load_maps`` does, and for other values.
-    """
-    maps = load_maps(path, size)
+def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> None:
+    """Raise DataError if a map of this file has values that are not in 0..1."""
     for key, values in maps.items():
         low, high = values.min(), values.max()
         if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
@@ -589,7 +589,6 @@ def load_scores(path: str | os.PathLike, size: tuple[int, int]) -> dict:
                 f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
                 "are in 0..1; make the maps again with infer_cls.py."
             )
-    return maps
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
