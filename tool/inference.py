@@ -15,7 +15,7 @@ from tool.outputs import OutputFolder
 from tool.weights import FRESH
 
 # Processes meet at the start and at the end, when the fastest may wait long for the slowest.
-LONGEST_WAIT = timedelta(days=7)
+LONGEST_WAIT = timedelta(days=1)
 IDS_SHOWN = 5
 
 
