@@ -485,6 +485,8 @@ def test_images_that_are_unusual_keep_their_size_in_every_stage(image, kind, ext
     write_lines(world / "ids.txt", ["a"])
     write_mask(world / "VOC", "a", np.zeros((image.height, image.width)))
     run_program(COMMANDS["train_cls"], world).check()
+    for folder in ("cam", "la", "ha"):
+        shutil.rmtree(world / folder)
     command = f"{COMMANDS['infer_cls']} --out_cam cam --out_la_crf la --out_ha_crf ha"
     run_program(command, world).check()
     run_program(COMMANDS["train_aff"], world).check()

@@ -98,10 +98,11 @@ def check(folders: Iterable[OutputFolder], ids: Sequence[str], overwrite: bool) 
         way_out = "name another folder, or remove them and make new ones by --overwrite."
         if written is None:
             problem = "outputs, but no record of the settings that made them"
-            if overwrite and present <= _names_of(folder, ids):
+            foreign = present - _names_of(folder, ids)
+            if overwrite and not foreign:
                 continue
             if overwrite:
-                problem += f", and of other images than these, too ({min(present)})"
+                problem += f", and of other images than these, too ({min(foreign)})"
                 way_out = "name another folder."
         elif overwrite:
             continue
