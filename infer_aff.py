@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tool import cli
 from tool.affinity import pair_affinity
-from tool.crf import dense_crf
+from tool.crf import add_backend_argument, choose_backend, dense_crf
 from tool.distributed import (
     StopSignals,
     autocast,
@@ -97,6 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="refine the walk's scores by the dense CRF, as the paper does for its final labels",
     )
+    add_backend_argument(parser)
     add("--trace", metavar="DIR", help="pictures of the walk: a strip <id>.png and a film <id>.gif")
     add("--trace_ids", nargs="+", metavar="ID", help="the images of --trace (default: the first)")
     return parser
@@ -123,12 +124,21 @@ def walk_of(
     return Walk(sample, transition, seeds)
 
 
-def label_of(scores: Tensor, sample: AffinitySample, stride: int, crf: bool) -> np.ndarray:
-    """The label that an image's scores on the grid, maps x h x w, give it: uint8 H x W."""
+def label_of(
+    scores: Tensor, sample: AffinitySample, stride: int, crf_backend: str | None = None
+) -> np.ndarray:
+    """The label that an image's scores on the grid, maps x h x w, give it: uint8 H x W.
+
+    With a backend, they go through the dense CRF first.
+    """
     upsampled = upsample_scores(scores, sample.maps.shape[-2:], stride)
-    if crf:
-        score_set = upsampled.cpu().numpy()
-        (refined,) = dense_crf(sample.photograph, [score_set], device=scores.device)
+    if crf_backend:
+        (refined,) = dense_crf(
+            sample.photograph,
+            [upsampled.cpu().numpy()],
+            backend=crf_backend,
+            device=scores.device,
+        )
         upsampled = torch.from_numpy(refined)
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
@@ -150,13 +160,14 @@ def infer(
 ) -> None:
     """Write the label of every image of the dataset, which are the run's."""
     tolerance = 0 if args.exact else TOLERANCE
+    crf_backend = choose_backend(args.crf_backend) if args.crf else None
     samples = run.each(load_each(dataset, args.num_workers))
     for group in groups(samples, WALKS_AT_A_TIME[device.type]):
         walks = [walk_of(net, sample, args, device) for sample in group]
         seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
         walked = propagate_together(seeds, transitions, 2**args.logt, tolerance)
         for walk, scores in zip(walks, walked, strict=True):
-            label = label_of(scores, walk.sample, net.stride, args.crf)
+            label = label_of(scores, walk.sample, net.stride, crf_backend)
             if walk.sample.image_id in args.trace_ids:
                 draw_walk(walk, net.stride, args)
             save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
@@ -166,7 +177,7 @@ def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
     """Write ``--trace``'s pictures of one image."""
     sample = walk.sample
     labels = {
-        steps: label_of(scores, sample, stride, crf=False)
+        steps: label_of(scores, sample, stride)
         for steps, scores in walk_trace(walk.seeds, walk.transition, args.logt).items()
     }
     save_trace(Path(args.trace, sample.image_id), Image.fromarray(sample.photograph), labels)

@@ -27,7 +27,7 @@ from torch import nn
 from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
 from tool.checkpoint import digest
-from tool.crf import BACKENDS, background_and_maps, choose_backend, dense_crf
+from tool.crf import add_backend_argument, background_and_maps, choose_backend, dense_crf
 from tool.distributed import (
     StopSignals,
     autocast,
@@ -84,12 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of maps; float16 takes half the space and rounds to three digits",
     )
-    add(
-        "--crf_backend",
-        choices=("auto", *BACKENDS),
-        default="auto",
-        help="what computes the dense CRF; both give the same, auto takes torch, the faster one",
-    )
+    add_backend_argument(parser)
     add(
         "--crf_workers",
         type=cli.process_count,

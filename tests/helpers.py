@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tool import cli
@@ -22,6 +24,9 @@ from voc12 import toy
 from voc12.data import Devkit, read_ids
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+needs_pydensecrf = pytest.mark.skipif(
+    importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"
+)
 
 # Both trainings on what write_training_data makes, in steps of three images.
 _TRAIN = (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_program
+from helpers import REPOSITORY, needs_pydensecrf, run_program
 
 from tool.bench import Contest, measure, peak_megabytes
 
@@ -14,7 +14,15 @@ WALK = ["random_walk", "--height", "12", "--width", "15"]
 AFFINITY = ["affinity", "--height", "12", "--width", "14", "--channels", "16", "--batch", "2"]
 
 
-@pytest.mark.parametrize("command", [WALK, [*WALK, "--estimate_baseline"], AFFINITY])
+@pytest.mark.parametrize(
+    "command",
+    [
+        WALK,
+        [*WALK, "--estimate_baseline"],
+        AFFINITY,
+        pytest.param(["crf", "--height", "40", "--width", "52"], marks=needs_pydensecrf),
+    ],
+)
 def test_benchmark_compares_equals_and_says_so(command, tmp_path):
     figures_file = tmp_path / "figures.json"
     words = " ".join([*command, "--repeats", "2", "--device", "cpu", "--json", str(figures_file)])

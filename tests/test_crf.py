@@ -1,12 +1,12 @@
 """The dense CRF, with each backend: scores in, probabilities out, and what may never happen."""
 
-import importlib.util
 import sys
 
 import numpy as np
 import pytest
 import torch
 from golden import recipe
+from helpers import needs_pydensecrf
 from PIL import Image
 
 import tool.crf
@@ -17,10 +17,6 @@ from tool.errors import UsageError
 HEIGHT, WIDTH = 24, 33
 TOLERANCE = 1e-4  # of probabilities, against pydensecrf
 EQUAL_LABELS = 0.9999
-
-needs_pydensecrf = pytest.mark.skipif(
-    importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"
-)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -319,7 +319,7 @@ def test_a_sweep_is_the_plain_evaluation_at_each_threshold(kind, world, rng):
     scorer = Scorer(devkit, world / "VOC" / "SegmentationClass", world / "cam")
     confusions = sweep(scorer, ids, kind, num_workers=0)
     for value, confusion in zip(SWEEPS[kind], confusions, strict=True):
-        plain = sum(scorer.count_maps(i, Background(kind, value), crf=False) for i in ids)
+        plain = sum(scorer.count_maps(i, Background(kind, value), None) for i in ids)
         assert np.array_equal(confusion, plain), value
     assert len({confusion.tobytes() for confusion in confusions}) == len(SWEEPS[kind])
 

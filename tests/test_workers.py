@@ -23,6 +23,9 @@ def write(name: str, folder: Path, what: str) -> None:
         raise DataError(f"{name} is bad.")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
     if what == "sleep":
         time.sleep(60)
     (folder / name).write_text(f"{os.getpid()}")
@@ -72,6 +75,13 @@ def test_an_error_of_the_program_stops_the_calls_under_way(tmp_path):
         raise KeyError
     assert not list(tmp_path.iterdir())
     assert not pool._workers[0]._process.is_alive()
+
+
+def test_signals_to_the_group_leave_a_call_to_the_program(tmp_path):
+    with _pool(1) as pool:
+        pool.submit("first", tmp_path, "write")  # the worker is ready when it has returned
+        pool.submit("second", tmp_path, "signals")
+    assert (tmp_path / "second").exists()
 
 
 # infer_cls

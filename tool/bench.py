@@ -196,7 +196,7 @@ def crf(args: argparse.Namespace, device: torch.device) -> Contest:
     """
     size = (args.height, args.width)
     image = photograph_like(*size)
-    maps = _noise(args.labels - 1, 64, size).sigmoid().numpy()
+    maps = _noise(args.labels, 64, size)[1:].sigmoid().numpy()
     score_sets = [background_and_maps(maps, alpha) for alpha in (LOW_ALPHA, HIGH_ALPHA)]
 
     def probabilities(backend: str) -> list[Tensor]:

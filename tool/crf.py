@@ -4,6 +4,7 @@ Two backends give the same numbers (within 1e-4): ``torch``, this project's own,
 and ``pydensecrf``, the module that the released code used. The parameters are the released code's.
 """
 
+import argparse
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -30,6 +31,16 @@ def background_and_maps(maps: np.ndarray, alpha: float) -> np.ndarray:
     to one (eq. 2)."""
     maps = torch.from_numpy(np.ascontiguousarray(maps, np.float32))
     return torch.cat([background_map(maps, alpha)[None], maps]).numpy()
+
+
+def add_backend_argument(parser: argparse.ArgumentParser) -> None:
+    """``--crf_backend`` of a program that runs CRFs; ``choose_backend`` takes it."""
+    parser.add_argument(
+        "--crf_backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="what computes the dense CRF; both give the same, auto takes torch, the faster one",
+    )
 
 
 def choose_backend(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tool.distributed import STOP_SIGNALS
 from tool.errors import DataError, UsageError
 
 # How long a worker may take to remove its unfinished file when it is told to stop.
@@ -83,7 +84,7 @@ class _Worker:
         self.task: str | None = None
         self._flag = flag
         self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        with _interrupts_held_back():
+        with _signals_held_back():
             self._process.start()
         # Only the worker holds its end now: the pipe breaks when the worker dies.
         theirs.close()
@@ -118,9 +119,9 @@ class _Worker:
 
     def stop(self) -> None:
         """Tell the process to end: at once if it has a task in hand, else as there are no more."""
+        self.connection.close()
         if self.task is not None:
             self._process.terminate()
-        self.connection.close()
 
     def join(self) -> None:
         self._process.join(STOP_SECONDS)
@@ -130,12 +131,12 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """A process started within never sees Ctrl-C: only the program answers to it."""
+def _signals_held_back() -> Iterator[None]:
+    """A process started within sees the signals of its group only when it is ready for them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -144,19 +145,28 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _serve(connection: Connection, function: Callable) -> None:
     """What a worker does: call the function with whatever comes, answer None or the error."""
+    calling = False
+
+    def stop_if_told(*_: object) -> None:
+        # A signal to the whole group is the program's to answer, and it may want this call to
+        # return. It closes the pipe before it stops a worker, and nothing else comes through the
+        # pipe meanwhile. An exception, unlike death at once, lets an unfinished file be removed.
+        if calling and connection.poll():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sys.exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_once)
+    signal.signal(signal.SIGTERM, stop_if_told)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the program has ended
         while True:
             args = connection.recv()
-            connection.send(_error_of(function, args))
-
-
-def _exit_once(*_) -> None:
-    # Unlike death at once, an exception lets an unfinished file be removed.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1)
+            calling = True
+            error = _error_of(function, args)
+            calling = False
+            connection.send(error)
 
 
 def _error_of(function: Callable, args: tuple) -> Exception | str | None:

@@ -38,7 +38,7 @@ from torch.utils.data import Dataset
 
 from tool import cli, metrics
 from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
-from tool.crf import background_and_maps, dense_crf
+from tool.crf import add_backend_argument, background_and_maps, choose_backend, dense_crf
 from tool.errors import DataError, UsageError
 from tool.loading import load
 from tool.maps import atomic_write, load_index_png, maps_file, stack_maps
@@ -86,8 +86,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--crf",
         action="store_true",
         help="score --cam after the dense CRF, whose input are the maps and the background that "
-        "--bg or --alpha gives (about a second an image and core)",
+        "--bg or --alpha gives (about a third of a second an image and core)",
     )
+    add_backend_argument(parser)
     add(
         "--allow_missing",
         action="store_true",
@@ -171,16 +172,18 @@ class Scorer:
         prediction = load_index_png(self.scored / f"{image_id}.png")
         return metrics.confusion_matrix(self.mask(image_id), prediction, self.num_labels)
 
-    def count_maps(self, image_id: str, background: Background, crf: bool) -> np.ndarray:
-        """The confusion matrix of the label that class maps give."""
+    def count_maps(
+        self, image_id: str, background: Background, crf_backend: str | None
+    ) -> np.ndarray:
+        """The confusion matrix of the label that class maps give, through a CRF or none."""
         mask = self.mask(image_id)
         maps, classes = self.maps(image_id, mask.shape, background.kind)
         scores = background.with_maps(maps)
-        if crf:
+        if crf_backend:
             photograph = np.array(self.devkit.load_image(image_id))
             if photograph.shape[:2] != mask.shape:
                 raise ValueError("photograph and mask differ in size")
-            (scores,) = dense_crf(photograph, [scores])
+            (scores,) = dense_crf(photograph, [scores], backend=crf_backend)
         prediction = index_image(scores.argmax(axis=0), classes)
         return metrics.confusion_matrix(mask, prediction, self.num_labels)
 
@@ -399,7 +402,10 @@ def counter(args: argparse.Namespace, scorer: Scorer) -> Callable[[str], np.ndar
     """What counts an image for a plain evaluation."""
     if args.pred:
         return scorer.count_labels
-    return functools.partial(scorer.count_maps, background=background_of(args), crf=args.crf)
+    crf_backend = choose_backend(args.crf_backend) if args.crf else None
+    return functools.partial(
+        scorer.count_maps, background=background_of(args), crf_backend=crf_backend
+    )
 
 
 def require_labelled_pixels(args: argparse.Namespace, counts: np.ndarray) -> None:
