@@ -39,6 +39,14 @@ def test_a_network_is_counted_and_left_as_it_is():
     assert all(p.device == CPU and p.grad is None for p in net.parameters())
 
 
+def test_a_compiled_network_is_counted_as_it_was_written():
+    net, expected = tiny(), forward_bytes_per_pixel(tiny(), "forward_cam")
+    net.forward_cam = torch.compile(net.forward_cam, backend="eager")
+    net.compile(backend="eager")
+    assert forward_bytes_per_pixel(net, "forward_cam") == expected
+    assert training_bytes(net, 2, 64) == training_bytes(tiny(), 2, 64)
+
+
 def test_training_holds_more_than_seeing_and_grows_with_the_batch():
     net = tiny()
     one, two = training_bytes(net, 1, 128), training_bytes(net, 2, 128)

@@ -81,7 +81,8 @@ def forward_bytes_per_pixel(net: nn.Module, method: str) -> float:
     twin = _without_content(net).eval()
     image = torch.empty(1, 3, COUNTED_SIDE, COUNTED_SIDE, device="meta")
     with torch.no_grad(), _Tally() as tally:
-        getattr(twin, method)(image)
+        # Of the class: the network's own may be compiled, for its own content.
+        getattr(type(twin), method)(twin, image)
     return tally.peak / COUNTED_SIDE**2
 
 
@@ -219,9 +220,8 @@ def require_memory_to_train(
     """
     batch, cpu = f"--batch_size {batch_size}", torch.device("cpu")
     images, width = -(-batch_size // world_size()), 0.5 if amp else 1
-    needs = [
-        (f"{batch} --crop_size {crop_size}", training_bytes(net, batch_size, crop_size), device)
-    ]
+    needed = width * training_bytes(net, images, crop_size)
+    needs = [(f"{batch} --crop_size {crop_size}", needed, device)]
     if val_crop_size is not None:
         needed = width * images * val_crop_size**2 * forward_bytes_per_pixel(net, "forward")
         needs.append((f"{batch} --val_crop_size {val_crop_size}", needed, device))

@@ -530,7 +530,7 @@ class AffinityInferenceSet(_WholeImageSet):
     def __getitem__(self, index: int) -> AffinitySample:
         image_id = self.ids[index]
         image = self._load_image(image_id)
-        path = self.cam_dir / f"{image_id}.npy"
+        path = maps_file(self.cam_dir / f"{image_id}.npy")
         maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
         require_scores(path, maps)
         stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
