@@ -393,21 +393,27 @@ def test_a_training_of_other_settings_does_not_go_on_from_the_old_checkpoint(fol
 
 def test_inference_goes_on_unless_its_settings_or_inputs_changed(folder, monkeypatch):
     commands = []
-    monkeypatch.setattr(pipeline, "run", lambda command: commands.append(list(map(str, command))))
 
-    def overwrites(flags=""):
+    def run(command):
+        commands.append(list(map(str, command)))
+        if len(commands) == fails_at:
+            raise DataError("the last command above failed.")
+
+    def overwrites(stages, flags=""):
         commands.clear()
-        run_program(f"{PIPELINE} {VGG} --stages train_cls infer_cls {flags}", folder).check()
+        run_program(f"{PIPELINE} {VGG} --stages {stages} {flags}", folder)
         inference = [command for command in commands if "infer_cls" in command[0]]
         return ["--overwrite" in command for command in inference]
 
-    assert overwrites() == [False, False]
-    assert overwrites() == [False, False]  # nothing was written: it is made, not made again
-    assert overwrites("--infer_cls_args '--low_alpha 5'") == [True, True]
-    assert overwrites("--infer_cls_args '--low_alpha 5'") == [False, False]
-    # The classifier is another one.
-    flags = "--infer_cls_args '--low_alpha 5' --train_cls_args '--lr 0.2'"
-    assert overwrites(flags) == [True, True]
+    monkeypatch.setattr(pipeline, "run", run)
+    fails_at = 1
+    assert overwrites("infer_cls") == [False]  # it is interrupted,
+    fails_at = None
+    assert overwrites("infer_cls") == [False, False]  # and goes on
+    changed = "--infer_cls_args '--low_alpha 5'"
+    assert overwrites("infer_cls", changed) == [True, True]
+    # Training writes another classifier.
+    assert overwrites("train_cls infer_cls", changed) == [True, True]
 
 
 def test_a_spoilt_record_is_said(folder, plan):
