@@ -57,6 +57,9 @@ from voc12.data import (
 
 # Below this many images, worker processes would take longer to start than they save.
 FEW_IMAGES = 16
+# On so few cores, a worker only takes from the network, whose threads then wait for each other.
+FEW_CORES = 2
+MOST_CRF_WORKERS = 8
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -89,8 +92,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--crf_workers",
         type=cli.process_count,
         help="processes that compute CRFs on a CPU while the network sees the next image; 0 "
-        "computes them in the program itself (default: the cores besides one, at most 8; 0 for "
-        f"fewer than {FEW_IMAGES} images); on CUDA, torch needs none",
+        f"computes them in the program itself (default: half of the cores, at most "
+        f"{MOST_CRF_WORKERS}; 0 for fewer than {FEW_IMAGES} images or on {FEW_CORES} cores); on "
+        "CUDA, torch needs none",
     )
     add(
         "--scales",
@@ -178,7 +182,9 @@ def count_crf_workers(args: argparse.Namespace, images: int, device: torch.devic
     if args.crf_workers is not None:
         return args.crf_workers
     # Starting a process takes as long as some ten CRFs.
-    return cli.default_num_workers(cores_kept=1) if images >= FEW_IMAGES else 0
+    if images < FEW_IMAGES or cli.usable_cores() <= FEW_CORES:
+        return 0
+    return min(MOST_CRF_WORKERS, cli.usable_cores() // 2)
 
 
 @torch.no_grad()

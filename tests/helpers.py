@@ -9,6 +9,7 @@ import pickle
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +96,18 @@ def run_program(command: str, cwd: str | os.PathLike) -> Outcome:
             cli.run(module.get_args_parser(), module.main)
         except SystemExit as stopped:
             code = stopped.code or 0
+            _release(stopped)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def _release(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, as the end of a process would.
+
+    Otherwise loader processes live on until Python looks for cycles, which then waits for them.
+    """
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def contents(folder: Path) -> dict[str, bytes]:

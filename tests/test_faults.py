@@ -4,10 +4,13 @@
 fault is set up in a fresh copy of a small finished run.
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import contents, noise_image, run_program, write_annotation, write_image, write_mask
-from PIL import Image
+from PIL import Image, ImageFile
 
 from network import tiny_aff, tiny_cls
 from tool import memory
@@ -38,6 +41,13 @@ COMMANDS = {
     "evaluate": "voc12.evaluate --num_workers 0 --voc12_root VOC --list ids.txt --pred pred "
     "--json new/scores.json",
     "evaluate_cam": "voc12.evaluate --num_workers 0 --voc12_root VOC --list ids.txt --cam cam",
+    "report": "voc12.report --voc12_root VOC --list ids.txt --cam cam --la la --ha ha --rw pred "
+    "--log losses.csv --out new/page.html",
+    "sheet": "voc12.report --voc12_root VOC --list ids.txt --cam cam --rw pred --out new/sheet.png",
+    "export": "voc12.export --voc12_root VOC --rw pred --list train.txt --val_list val.txt "
+    "--out new/tree",
+    "show": "tool.weights show cls.pth --json new/tensors.json",
+    "convert": "tool.weights convert cls.pth new/start.pth --network network.tiny_cls",
 }
 CLASSES = {"a": [7], "b": [11, 14], "c": []}  # cat; dog and person; nothing
 SIZES = {"a": (40, 50), "b": (56, 40), "c": (33, 41)}
@@ -75,6 +85,9 @@ def finished(tmp_path_factory):
             save_maps(root / folder / f"{image_id}.npy", scores)
     save_npy_dict(root / "labels.npy", labels)
     write_lines(root / "ids.txt", CLASSES)
+    write_lines(root / "train.txt", ["a", "b"])
+    write_lines(root / "val.txt", ["c"])
+    write_lines(root / "losses.csv", ["step,epoch,lr,loss", "1,1,0.1,0.7", "2,1,0.05,0.6"])
     write_lines(root / "classes.txt", VOC_CLASSES)
     split = root / "VOC" / "ImageSets" / "Segmentation" / "train.txt"
     split.parent.mkdir(parents=True)
@@ -144,8 +157,8 @@ def unreadable(path: Path) -> None:
 FILE_FAULTS = (missing, directory, empty, truncated, of_another_kind, symlink_loop, unreadable)
 IMAGE, ANNOTATION, MASK = "VOC/JPEGImages/a.jpg", "VOC/Annotations/a.xml", "pred/a.png"
 SPLIT = "VOC/ImageSets/Segmentation/train.txt"
-# Which files a command reads. A list or a class file has no end that could be missed, and what a
-# devkit lacks is not made by prepare, and no error.
+# Which files a command reads. A list, a class file or a table has no end that could be missed, and
+# what a devkit lacks is not made by prepare, not scored by report, and no error.
 WHOLE, TEXT = FILE_FAULTS, tuple(fault for fault in FILE_FAULTS if fault is not truncated)
 FILES = [
     *((name, "", IMAGE, WHOLE) for name in ("train_cls", "infer_cls", "train_aff", "infer_aff")),
@@ -160,6 +173,16 @@ FILES = [
     ("evaluate_cam", "", "cam/a.npy", WHOLE),
     ("evaluate", "", MASK, WHOLE),
     ("evaluate", "", "VOC/SegmentationClass/a.png", WHOLE),
+    *((name, "", IMAGE, WHOLE) for name in ("report", "sheet", "export")),
+    *((name, "", MASK, WHOLE) for name in ("report", "sheet", "export")),
+    *(("report", "", file, WHOLE) for file in ("cam/a.npy", "la/a.npy", "ha/a.npy")),
+    ("report", "", "VOC/SegmentationClass/a.png", (empty, truncated, of_another_kind)),
+    ("report", "", "losses.csv", TEXT),
+    ("report", "", "ids.txt", TEXT),
+    ("report", "--classes classes.txt", "classes.txt", TEXT),
+    ("export", "", "VOC/SegmentationClass/c.png", WHOLE),
+    *(("export", "", file, TEXT) for file in ("train.txt", "val.txt")),
+    *((name, "", "cls.pth", WHOLE) for name in ("show", "convert")),
     ("prepare", "", ANNOTATION, (empty, truncated, of_another_kind)),
     ("prepare", "", SPLIT, (empty, of_another_kind)),
 ]
@@ -412,6 +435,75 @@ def test_fault(fault, world):
     assert_refused(world, " ".join([COMMANDS[name], *flags]), fault.code, *fault.words)
 
 
+# Faults while a command runs (those that end its process are in test_infer, test_resume,
+# test_workers and test_loading)
+
+
+class Hindrance(NamedTuple):
+    name: str
+    hinder: Callable[[pytest.MonkeyPatch], object]
+    command: str
+    code: int
+    words: tuple[str, ...]
+
+
+def fails(owner: object, name: str, call: int, error: BaseException) -> Callable:
+    """From its n-th call on, a function raises that error."""
+
+    def hinder(monkeypatch: pytest.MonkeyPatch) -> None:
+        function, calls = getattr(owner, name), []
+
+        def failing(*args, **kwargs):
+            calls.append(args)
+            if len(calls) >= call:
+                raise error
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, failing)
+
+    return hinder
+
+
+# What is written is brought to the disk before it gets its name.
+FULL_DISK = fails(os, "fsync", 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+READ_ERROR = fails(ImageFile.ImageFile, "load", 2, OSError(errno.EIO, os.strerror(errno.EIO)))
+CTRL_C = fails(os, "fsync", 1, KeyboardInterrupt())
+WRITERS = [name for name in COMMANDS if name != "evaluate_cam"]
+IMAGE_READERS = ("train_cls", "infer_cls", "train_aff", "infer_aff", "evaluate", "report", "sheet",
+                 "export")  # fmt: skip
+HINDRANCES = [
+    *(
+        Hindrance(f"full disk, {name}", FULL_DISK, name, 1, ("No space left on device",))
+        for name in WRITERS
+    ),
+    *(
+        Hindrance(f"read error, {name}", READ_ERROR, name, 1, (".", "Input/output error"))
+        for name in IMAGE_READERS
+    ),
+    *(
+        Hindrance(f"Ctrl-C, {name}", CTRL_C, name, 130, ("interrupted: ", "kept"))
+        for name in WRITERS
+    ),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in HINDRANCES])
+def test_hindrance(case, world, monkeypatch):
+    """One sentence; and then the same command, undisturbed, ends well."""
+    before = input_files(world)
+    case.hinder(monkeypatch)
+    outcome = run_program(COMMANDS[case.command], world)
+    monkeypatch.undo()
+    if case.code == 1:
+        outcome.assert_failed(1, *case.words)
+    else:
+        assert outcome.code == case.code
+        assert all(word in outcome.last_line for word in case.words), outcome.err
+    assert input_files(world) == before
+    assert not [path for path in world.rglob("*.tmp") if path.is_file()]
+    run_program(COMMANDS[case.command], world).check()
+
+
 # Faults that need more than a spoilt folder
 
 
@@ -435,11 +527,48 @@ def test_images_larger_than_memory_are_refused_before_it_is_taken(name, flags, w
     assert all(path.name.startswith(".") for path in (world / "new").rglob("*") if path.is_file())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("name", ["train_cls", "infer_cls", "infer_aff", "prepare"])
-def test_a_read_only_folder_is_named(name, world):
-    (world / "new").mkdir(mode=0o500)
-    assert_refused(world, COMMANDS[name], 1, "new", "denied")
+NOBODY = 65534
+
+
+@pytest.fixture
+def owned(finished):
+    """A copy of the finished run where every user may go."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copytree(finished, Path(folder, "world")))
+
+
+@contextlib.contextmanager
+def without_roots_rights(world: Path) -> Iterator[None]:
+    """Root may read and write what it likes: become nobody, to whom the files are given."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (world.parent, world, *world.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_read_only_folder_is_named(name, world, owned):
+    run_program(COMMANDS[name], world).check()  # so that all is imported that nobody might not read
+    (owned / "new").mkdir(mode=0o500)
+    with without_roots_rights(owned):
+        assert_refused(owned, COMMANDS[name], 1, "new", "denied")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    sorted({(name, file) for name, flags, file, _ in FILES if not flags and name != "prepare"}),
+)
+def test_a_file_that_may_not_be_read_is_named(name, file, world, owned):
+    run_program(COMMANDS[name], world).check()
+    (owned / file).chmod(0)
+    with without_roots_rights(owned):
+        run_program(COMMANDS[name], owned).assert_failed(1, Path(file).name, "ermission denied")
 
 
 # What looks like a fault and is none

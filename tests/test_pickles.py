@@ -1,6 +1,7 @@
 """Pickles as data: what is written comes back, and nothing unfolds beyond its account."""
 
 import pickle
+import pickletools
 import struct
 import tracemalloc
 
@@ -157,6 +158,23 @@ def test_account_ends_a_pickle_that_unfolds():
     budget.left = 100_000
     with pytest.raises(ValueError, match="unfolds"):
         read_pickle(data, 0, {}, budget)
+
+
+@pytest.mark.parametrize("operation", [b"\x80\x02", b"Na", b"h\x00a", b"]a", b"(e", b"K\x01a"])
+def test_millions_of_tiny_operations_are_given_up_early(operation):
+    data = b"]]q\x00a" + operation * 2_000_000 + b"."
+    with pytest.raises(ValueError, match=r"it has (\d+),000 operations") as caught:
+        _read(data)
+    done = int(str(caught.value).split()[2].replace(",", ""))
+    assert done < 1_000_000
+
+
+def test_as_many_operations_as_labels_need_are_read():
+    labels = {f"2007_{k:06}": [0.0, 1.0] * 10 for k in range(20_000)}
+    data = pickle.dumps(labels, 4)
+    operations = sum(1 for _ in pickletools.genops(data))
+    assert operations > pickles.FREE_OPERATIONS
+    assert _read(data) == labels
 
 
 def test_operations_are_counted(monkeypatch):

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import REPOSITORY, contents, noise_image, run_program, write_annotation, write_image
 
+import infer_cls
+from tool import cli
 from tool.errors import DataError
 from tool.workers import WorkerPool
 
@@ -103,6 +106,27 @@ COMMAND = (
     "infer_cls --network network.tiny_cls --weights none --voc12_root VOC --num_workers 0 "
     "--infer_list list.txt --device cpu"
 )
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "cores", "device", "workers"),
+    [
+        ("", 500, 16, "cpu", 8),
+        ("", 500, 64, "cpu", 8),
+        ("", 500, 6, "cpu", 3),
+        ("", 500, 2, "cpu", 0),  # measured: a worker there makes the run longer
+        ("", 15, 16, "cpu", 0),  # done before a worker would be there
+        ("--crf_workers 3", 15, 2, "cpu", 3),
+        ("--crf_workers 0", 500, 16, "cpu", 0),
+        ("--crf_workers 3", 500, 16, "cuda", 0),
+        ("--crf_backend pydensecrf", 500, 16, "cuda", 8),  # which knows no GPU
+    ],
+)
+def test_as_many_workers_as_pay(flags, images, cores, device, workers, monkeypatch):
+    monkeypatch.setattr(cli, "usable_cores", lambda: cores)
+    words = f"--weights none --voc12_root VOC --crf_backend torch {flags}"
+    args = infer_cls.get_args_parser().parse_args(words.split())
+    assert infer_cls.count_crf_workers(args, images, torch.device(device)) == workers
 
 
 def test_worker_processes_write_the_same_files(devkit):

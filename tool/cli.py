@@ -92,7 +92,7 @@ def random_seed(text: str) -> int:
 
 def process_count(text: str) -> int:
     """argparse type: a number of worker processes that a machine can bear."""
-    most = max(64, os.cpu_count() or 1)
+    most = max(64, usable_cores())
     return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
 
 
@@ -236,9 +236,16 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def default_num_workers(cores_kept: int = 0) -> int:
-    """Helper processes: the released code's 8, or what cores there are besides those kept."""
-    return min(8, max(0, (os.cpu_count() or 1) - cores_kept))
+def default_num_workers() -> int:
+    """Helper processes: the released code's 8, or as many as there are cores."""
+    return min(8, usable_cores())
+
+
+def usable_cores() -> int:
+    """The cores that this process may compute on: Slurm or a container may lend it a few only."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:

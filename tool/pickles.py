@@ -24,6 +24,11 @@ from tool.errors import printable
 # wait on its stack (pickles are written in portions of 1,000).
 ALLOWANCE = 48 * 2**20
 MAX_OPERATIONS = 3_000_000
+# Operations of state dicts have 3.3 bytes each and those of label files 5. A pickle of more
+# operations than these may not be made of smaller ones, which take time and say little.
+FREE_OPERATIONS = 300_000
+LEAST_BYTES = 3
+OPERATIONS_AT_ONCE = 10_000
 MAX_STACK = 100_000
 # No count, shape or label is an integer of more bytes or digits than this.
 MAX_INTEGER_LENGTH = 255
@@ -136,7 +141,10 @@ class _Machine:
 
     def run(self, position: int) -> tuple[Any, int]:
         data, stack, marks, budget = self.data, self.stack, self.marks, self.budget
-        for _ in range(MAX_OPERATIONS):
+        start = position
+        for count in range(MAX_OPERATIONS):
+            if count % OPERATIONS_AT_ONCE == 0:
+                _require_substance(count, position - start)
             code = data[position]
             if code == pickle.STOP[0]:
                 if len(stack) != 1 or marks:
@@ -501,6 +509,12 @@ _OPERATIONS = {
 }
 _PASSING = (tuple, memoryview, str)
 _GET = re.compile(rb"%b(\d{1,7})\n" % pickle.GET)
+
+
+def _require_substance(operations: int, size: int) -> None:
+    """Raises ValueError where so many operations have so few bytes that they mean no good."""
+    if operations > FREE_OPERATIONS + size // LEAST_BYTES:
+        raise ValueError(f"it has {operations:,} operations in {size:,} bytes")
 
 
 def _may_be_fetched(data: mmap.mmap | bytes) -> np.ndarray:

@@ -27,7 +27,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--num_workers",
         type=cli.non_negative_int,
-        default=os.cpu_count() or 1,
+        default=cli.usable_cores(),
         help="processes that read and count; 0 counts in the program itself",
     )
     return parser
