@@ -58,6 +58,36 @@ def test_step_is_split_into_parts_and_beside_one_without_switches(network, switc
     assert ("baseline" in outcome.out) == bool(switches)
 
 
+INFER = "tool.bench infer --height 40 --width 52 --repeats 2 --device cpu"
+INFER_PARTS = {
+    "network.tiny_cls": ("loading_s", "forward_s", "crf_s", "writing_s"),
+    "network.tiny_aff": ("loading_s", "forward_s", "walk_s", "writing_s"),
+}
+
+
+@pytest.mark.parametrize("network", INFER_PARTS)
+@pytest.mark.parametrize("switches", ["", "--amp bf16"])
+@pytest.mark.parametrize("form", ["", "--out_format npz --out_dtype float16"])
+def test_inference_is_split_into_parts_and_beside_one_without_switches(
+    network, switches, form, tmp_path
+):
+    figures_file = tmp_path / "figures.json"
+    command = f"{INFER} --network {network} {switches} {form} --json {figures_file}"
+    outcome = run_program(command, REPOSITORY).check()
+    figures = json.loads(figures_file.read_text())
+    for side in ("baseline_", "") if switches else ("",):
+        parts = [figures.pop(side + part) for part in INFER_PARTS[network]]
+        assert all(seconds > 0 for seconds in parts)
+        assert max(parts) < figures[f"{side}image_s"]
+    image_s = figures.pop("image_s")
+    if switches:
+        assert figures.pop("speedup") == pytest.approx(figures.pop("baseline_image_s") / image_s)
+        assert 0 < figures.pop("max_rel_diff") < 0.1
+    assert figures == {}
+    assert network in outcome.out
+    assert ("largest relative difference" in outcome.out) == bool(switches)
+
+
 def test_step_refuses_nonsense():
     command = f"{STEP} --network tiny_aff --crop_size 70"
     run_program(command, REPOSITORY).assert_failed(2, "--crop_size 70")

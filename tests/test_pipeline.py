@@ -548,7 +548,10 @@ time.sleep(60)
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_signals_end_the_running_stage_too(number, code, tmp_path):
+    # A shell may have started the tests with SIGINT or SIGHUP ignored; then these would stay so.
+    usual = "default_int_handler" if number == signal.SIGINT else "SIG_DFL"
     script = (
+        f"import signal\nsignal.signal({int(number)}, signal.{usual})\n"
         "from tool import cli, pipeline\n"
         "import argparse\n"
         f"cli.run(argparse.ArgumentParser(), lambda _: pipeline.run(['-c', {WAIT_FOR_A_SIGNAL!r}]))"
