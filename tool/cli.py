@@ -219,8 +219,9 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amp",
         choices=("bf16", "fp16"),
-        help="compute convolutions in 16 bits: faster and half the memory on recent GPUs, bf16 "
-        "also on CPUs with AVX-512; results differ in the third digit (default: 32 bits)",
+        help="compute convolutions in 16 bits: faster and half the memory on recent GPUs; bf16 "
+        "also on some CPUs, on others slower (python3 -m tool.bench step tells); results differ in "
+        "the third digit (default: 32 bits)",
     )
     parser.add_argument(
         "--tf32",
@@ -232,7 +233,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="compile the network with torch.compile: a minute or more at the start, then faster "
-        "steps; needs a C++ compiler; results differ by rounding and in what dropout drops",
+        "(training on a CPU is not); needs a C++ compiler; results differ by rounding and in what "
+        "dropout drops",
     )
 
 

@@ -88,10 +88,15 @@ def set_rounding(device: torch.device, args: Any, fixed_size: bool = True) -> No
 
 
 def place(net: nn.Module, device: torch.device, args: Any, method: str | None = None) -> nn.Module:
-    """The network on its device, compiled with ``--compile``: as a whole, or one ``method``."""
-    # Tensor cores want the channels last; plain float32 convolutions do not gain from it.
+    """The network on its device, compiled with ``--compile``: as a whole, or one ``method``.
+
+    ``method`` is what inference calls; None: the network is trained.
+    """
+    # Tensor cores want the channels last. So does a CPU's inference, by 5 to 30 per cent of the
+    # time; its training takes as long, or longer with the narrow layers of the tiny network.
     on_tensor_cores = device.type == "cuda" and (args.amp or args.tf32)
-    layout = torch.channels_last if on_tensor_cores else torch.preserve_format
+    infers_on_cpu = device.type == "cpu" and method is not None
+    layout = torch.channels_last if on_tensor_cores or infers_on_cpu else torch.preserve_format
     net.to(device, memory_format=layout)
     if args.compile and method:
         setattr(net, method, torch.compile(getattr(net, method)))

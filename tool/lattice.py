@@ -141,10 +141,12 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 def _bounds(features: Tensor) -> tuple[list[int], list[int]]:
     """Of the coordinates of pixels' vertices and of their neighbours: lowest value, and range."""
     dimension = len(features)
-    low, high = (bound[:, None] for bound in features.aminmax(dim=1))
+    low, high = features.aminmax(dim=1)
     elevation = _elevated(torch.eye(dimension, device=features.device))[:-1]
     rising, falling = elevation.clamp(min=0), elevation.clamp(max=0)
-    bounds = torch.cat([rising @ low + falling @ high, rising @ high + falling @ low], dim=1)
+    # Products of matrices would be rounded with --tf32.
+    lower, upper = rising * low + falling * high, rising * high + falling * low
+    bounds = torch.stack([lower.sum(dim=1), upper.sum(dim=1)], dim=1)
     # An origin is at most 3/2 (d + 1) from its pixel, a vertex d from the origin, and its
     # neighbours d further.
     margin = 4 * (dimension + 1)
