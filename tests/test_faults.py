@@ -602,12 +602,13 @@ ROTATED.getexif()[0x0112] = 6  # to be turned by 90 degrees
     ("image", "kind", "extra"),
     [
         (ROTATED, "JPEG", {"exif": ROTATED.getexif()}),
+        (noise_image(1, 1, 1), "PNG", {}),
         (noise_image(3, 5, 1), "PNG", {}),  # less than a cell
         (noise_image(9, 17, 1), "PNG", {}),  # less than the radius, no multiple of 8
         (noise_image(5000, 3, 1), "PNG", {}),
         (noise_image(3, 5000, 1), "PNG", {}),
     ],
-    ids=["rotated", "cell", "grid", "high", "wide"],
+    ids=["rotated", "pixel", "cell", "grid", "high", "wide"],
 )
 def test_images_that_are_unusual_keep_their_size_in_every_stage(image, kind, extra, world):
     image.save(world / IMAGE, kind, **extra)

@@ -69,6 +69,8 @@ def pair_affinity(features: Tensor, radius: int, full_graph: bool = False) -> Te
     if features.dtype in (torch.float16, torch.bfloat16):
         # A mean over hundreds of channels needs more digits, under autocast too.
         features = features.float()
+    # Networks may compute with the channels last, but here each channel's rows are compared.
+    features = features.contiguous()
     if not full_graph:
         return _PairAffinity.apply(features, radius)
     reach = radius - 1

@@ -261,7 +261,8 @@ class Devkit:
         if image_id not in self._labels:
             return self.annotated_label(image_id)
         try:
-            label = np.asarray(self._labels[image_id], np.float32)
+            with np.errstate(over="ignore"):  # too large is not 0 or 1, either
+                label = np.asarray(self._labels[image_id], np.float32)
         except (TypeError, ValueError):
             label = np.empty(0)
         if label.shape != (len(self.class_names),) or not np.isin(label, (0, 1)).all():
