@@ -115,6 +115,10 @@ def _repeated(message: memoryview, start: int, position: int, size: int) -> tupl
     before each, a million times for a million numbers.
     """
     record = position - start + size
+    if message[start + record : position + record] != message[start:position]:
+        if position + size > len(message):
+            raise ValueError("it ends in the middle of a number")
+        return message[position : position + size], position + size  # one, as nearly always
     tag = np.frombuffer(message[start:position], np.uint8)
     count, ahead = 0, 1
     while True:
@@ -127,8 +131,6 @@ def _repeated(message: memoryview, start: int, position: int, size: int) -> tupl
         if ahead == rest or not same.all():
             break
         ahead *= 8
-    if count == 0:
-        raise ValueError("it ends in the middle of a number")
     end = start + count * record
     records = np.frombuffer(message[start:end], np.uint8).reshape(count, record)
     return memoryview(records[:, len(tag) :].reshape(-1)), end

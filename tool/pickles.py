@@ -25,9 +25,11 @@ from tool.errors import printable
 ALLOWANCE = 48 * 2**20
 MAX_OPERATIONS = 3_000_000
 # Operations of state dicts have 3.3 bytes each and those of label files 5. A pickle of more
-# operations than these may not be made of smaller ones, which take time and say little.
+# operations than these may not be made of smaller ones, which take time and say little. Of a
+# string, no more bytes count than these.
 FREE_OPERATIONS = 300_000
 LEAST_BYTES = 3
+MOST_BYTES = 200
 OPERATIONS_AT_ONCE = 10_000
 MAX_STACK = 100_000
 # No count, shape or label is an integer of more bytes or digits than this.
@@ -137,6 +139,7 @@ class _Machine:
         self.marks: list[int] = []  # sizes of the stack where MARK stood
         self.memo: dict[int, Any] = {}
         self.num_memoized = 0
+        self.surplus = 0  # bytes of strings that do not count
         self.may_be_fetched: np.ndarray | None = None
 
     def run(self, position: int) -> tuple[Any, int]:
@@ -144,7 +147,7 @@ class _Machine:
         start = position
         for count in range(MAX_OPERATIONS):
             if count % OPERATIONS_AT_ONCE == 0:
-                _require_substance(count, position - start)
+                _require_substance(count, position - start - self.surplus)
             code = data[position]
             if code == pickle.STOP[0]:
                 if len(stack) != 1 or marks:
@@ -200,6 +203,7 @@ class _Machine:
         end = start + count.unpack_from(self.data, at)[0]
         if not start <= end <= len(self.data):
             raise ValueError("a length points past its end")
+        self.surplus += max(0, end - start - MOST_BYTES)
         return start, end
 
     def _line(self, at: int, longest: int | None = None) -> tuple[bytes, int]:
