@@ -83,8 +83,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--exact",
         action="store_true",
-        help="take every step of the walk, instead of a series that gives the scores to "
-        f"{TOLERANCE:g} of the largest in a third of the time",
+        help="take every step of the walk, instead of a series that gives the scores to a "
+        "millionth of the largest in two fifths of the time",
     )
     add(
         "--full_graph",

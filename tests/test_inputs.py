@@ -205,6 +205,15 @@ def test_scores_of_one_class_are_maps(place, array):
     assert np.array_equal(load_cams(place / "a.npy", (2, 3), 3)[2], array)
 
 
+def test_the_first_class_may_be_all_over_an_image(place):
+    everywhere = np.ones((2, 3), np.float32)
+    save_maps(place / "a.npy", {0: everywhere})
+    assert np.array_equal(load_cams(place / "a.npy", (2, 3), 3)[0], everywhere)
+    save_maps(place / "a.npy", {0: everywhere, 2: 0 * everywhere})
+    with pytest.raises(DataError, match="CRF scores"):
+        load_cams(place / "a.npy", (2, 3), 3)
+
+
 @given(
     st.one_of(
         hnp.arrays(

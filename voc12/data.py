@@ -549,7 +549,9 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) 
     """
     path = maps_file(path)
     maps = load_maps(path, size)
-    if 0 in maps and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
+    # A single map of ones is the background of an image without objects, or a class all over it.
+    several = 0 in maps and len(maps) > 1
+    if several and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
         raise DataError(
             f"{path}: holds CRF scores (they sum to one, background first), not class activation "
             "maps; name the folder that infer_cls.py wrote to --out_cam."
