@@ -84,10 +84,11 @@ def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) 
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    session_name(args)
+    session = session_name(args)
     set_rounding(device, args)
     seed_generators(args.seed)
     devkit = open_devkit(args)
+    devkit.require_output("--session_name", session)
     train_ids = read_ids(args.train_list)
     schedule = make_schedule(len(train_ids), args)
 

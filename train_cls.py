@@ -133,10 +133,11 @@ def digests(
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    session_name(args)
+    session = session_name(args)
     set_rounding(device, args)
     seed_generators(args.seed)
     devkit = open_devkit(args)
+    devkit.require_output("--session_name", session)
     train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
     schedule = make_schedule(len(train_ids), args)
 

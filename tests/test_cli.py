@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -811,7 +812,7 @@ def weight_files(done):
     ("weights", "words"),
     [
         ("weights/absent.pth", ("no such weight file",)),
-        ("weights", ("no such weight file",)),
+        ("weights", ("is a folder",)),
         ("weights/corrupt.pth", ()),
         ("weights/truncated.pth", ()),
         ("weights/zero.pth", ()),
@@ -938,6 +939,17 @@ def test_programs_start_from_another_folder(spoilable, done):
     process = run_process(COMMANDS["infer_aff"], spoilable)
     assert process.returncode == 0, process.stderr
     assert contents(spoilable / "out" / "rw") == contents(done / "out" / "rw")
+
+
+def test_a_reader_that_has_gone_is_no_error(done):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tool.weights", "show", str(done / "out" / "cls.pth")]
+    process = subprocess.run(
+        command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_processes_end_with_their_exit_code(tmp_path):

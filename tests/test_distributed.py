@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -343,6 +344,19 @@ def test_second_sigint_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", distributed.STOP_SIGNALS)
+def test_later_sigterm_ends_a_program_that_does_not_obey(first, monkeypatch):
+    with distributed.StopSignals() as stop:
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == first
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + distributed.PATIENCE + 1)
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.value.args == (signal.SIGTERM,)
 
 
 def test_second_sigint_from_a_launcher_does_not(launched):

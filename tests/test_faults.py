@@ -20,6 +20,8 @@ import torch
 from helpers import contents, noise_image, run_program, write_annotation, write_image, write_mask
 from PIL import Image, ImageFile
 
+import infer_aff
+import infer_cls
 from network import tiny_aff, tiny_cls
 from tool import memory
 from tool.maps import save_index_png, save_maps, save_npy_dict
@@ -340,6 +342,8 @@ FAULTS = [
     Fault("label that is text", labels("cat"), "infer_cls", 1, ("labels.npy", "0 or 1")),
     Fault("label that is ragged", labels([1, [0, 1]]), "infer_cls", 1, ("labels.npy", "0 or 1")),
     Fault("no label", labels(None), "infer_cls", 1, ("labels.npy", "0 or 1")),
+    Fault("maps for labels", nothing, "train_cls --label_file cam/a.npy", 1,
+          ("cam/a.npy", "7 is no image id", "voc12.prepare")),
     # Maps
     Fault("map not a number", maps("cam", {7: flat(np.nan)}), "infer_aff", 1,
           ("cam/a.npy", "class 7", "not finite")),
@@ -406,7 +410,20 @@ FAULTS = [
           ("--resize_long",)),
     # Outputs
     Fault("output is a file", taken("new"), "infer_aff", 1, ("new",)),
+    Fault("session below a file", taken("new"), "train_aff", 1,
+          ("--session_name new/aff", "new is a file")),
+    Fault("lists below a file", taken("new"), "prepare", 1,
+          ("new", "a file where a folder should be")),
     Fault("output below a file", taken("new"), "infer_cls --out_cam new/deep/cam", 1, ("new",)),
+    Fault("figures over the list", nothing, "evaluate --json ids.txt", 2, ("--json", "--list")),
+    Fault("figures into a folder", nothing, "evaluate --json VOC", 2, ("--json VOC", "a folder")),
+    Fault("table over the figures", nothing,
+          "evaluate_cam --sweep bg --json new/a --csv new/../new/a", 2, ("--csv", "--json")),
+    Fault("plot that is no picture", nothing, "evaluate_cam --sweep bg --plot new/plot.txt", 2,
+          ("--plot new/plot.txt", ".png")),
+    Fault("page over the losses", lambda w: (w / "losses.csv").rename(w / "losses.html"),
+          "report --log losses.html --out losses.html", 2, ("--out", "--log losses.html")),
+    Fault("tensors over the weights", nothing, "show --json ./cls.pth", 2, ("--json", "FILE")),
     Fault("output is a loop", loop("new"), "infer_cls", 1, ("new",)),
     Fault("list folder is a loop", loop("new"), "prepare", 1, ("new",)),
     Fault("session below a loop", loop("new"), "train_aff", 1, ("new",)),
@@ -422,6 +439,12 @@ FAULTS = [
             ("infer_aff", "out_rw", "./VOC/../VOC/SegmentationClass"),
             ("infer_aff", "out_rw", "VOC/SegmentationClassAug"),
             ("infer_aff", "trace", "VOC/SegmentationClass"),
+            ("train_cls", "session_name", "VOC/ImageSets/Segmentation/cls"),
+            ("train_aff", "session_name", "VOC/JPEGImages/a"),
+            ("evaluate", "json", "VOC/Annotations/a.xml"),
+            ("evaluate_cam --sweep bg", "plot", "VOC/SegmentationClass/a.png"),
+            ("sheet", "out", "VOC/SegmentationClass/a.png"),
+            ("export", "out", "VOC/JPEGImages/tree"),
             ("prepare", "out_dir", "VOC/ImageSets/Segmentation"),
         )
     ),
@@ -465,6 +488,7 @@ def fails(owner: object, name: str, call: int, error: BaseException) -> Callable
 
 
 # What is written is brought to the disk before it gets its name.
+LOST_LOADER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 FULL_DISK = fails(os, "fsync", 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 READ_ERROR = fails(ImageFile.ImageFile, "load", 2, OSError(errno.EIO, os.strerror(errno.EIO)))
 CTRL_C = fails(os, "fsync", 1, KeyboardInterrupt())
@@ -473,8 +497,17 @@ IMAGE_READERS = ("train_cls", "infer_cls", "train_aff", "infer_aff", "evaluate",
                  "export")  # fmt: skip
 HINDRANCES = [
     *(
-        Hindrance(f"full disk, {name}", FULL_DISK, name, 1, ("No space left on device",))
+        Hindrance(f"full disk, {name}", FULL_DISK, name, 1, ("new", ": No space left on device"))
         for name in WRITERS
+    ),
+    # PyTorch notices the death of a loader by a signal: wherever the program is.
+    *(
+        Hindrance(f"lost loader, {name}", fails(*place, LOST_LOADER), name, 1, words)
+        for name, place, words in (
+            ("train_cls", (torch.optim.SGD, "step", 2), ("loader process", "--num_workers")),
+            ("infer_cls", (infer_cls, "multi_scale_cam", 2), ("loader process", "1 of 3 images")),
+            ("infer_aff", (infer_aff, "pair_affinity", 3), ("loader process", "2 of 3 images")),
+        )
     ),
     *(
         Hindrance(f"read error, {name}", READ_ERROR, name, 1, (".", "Input/output error"))

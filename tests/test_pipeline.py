@@ -107,11 +107,25 @@ def test_from_a_devkit_to_a_scored_result(folder):
 
 def test_a_stage_that_fails_ends_it(folder):
     (folder / "lists").mkdir()
-    flags = "--list_dir lists --train_cls_args '--lr 0'"
-    outcome = run_program(f"{PIPELINE} {QUICK} {flags}", folder)
-    outcome.assert_failed(1, "command above failed", "exit code 2")
+    (folder / "lists" / "train.txt").write_text("none\n")
+    outcome = run_program(f"{PIPELINE} tiny --weights none --list_dir lists", folder)
+    outcome.assert_failed(1, "command above failed", "exit code 1")
     assert len(printed_commands(outcome.out)) == 1
     assert not (folder / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--infer_aff_args '--bata 4'", ("--infer_aff_args", "--bata")),
+        ("--train_aff_args '--lr 0'", ("--train_aff_args", "--lr", "'0' is not a number above 0")),
+        ("--train_aff_args '--lr `0.1'".replace("`", '"'), ("--train_aff_args", "No closing")),
+    ],
+)
+def test_flags_of_later_stages_are_looked_at_before_the_first(flags, words, folder):
+    outcome = run_program(f"{PIPELINE} tiny --weights none {flags}", folder)
+    outcome.assert_failed(2, *words)
+    assert not (folder / "out").exists()
 
 
 # What would be run, without running it
@@ -149,6 +163,7 @@ def plan(folder, monkeypatch):
         return list(commands)
 
     monkeypatch.setattr(pipeline, "run", pretend)
+    monkeypatch.setattr(pipeline, "require_flags", lambda commands: None)  # so does pretend
     return planned
 
 

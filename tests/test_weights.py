@@ -145,8 +145,11 @@ def test_file_without_a_state_dict_is_a_data_error(content, path):
 
 
 def test_missing_file_is_a_data_error_that_names_it(tmp_path, say):
-    for missing in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(DataError, match=re.escape(f"{missing}: no such weight file")):
+    for missing, words in (
+        (tmp_path / "none.pth", "no such weight file"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"{missing}: {words}")):
             load_for_training(_classifier(1), str(missing), say)
 
 

@@ -5,16 +5,17 @@ import importlib
 import math
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
-from tool.errors import DataError, Interrupted, UsageError
+from tool.errors import DataError, Interrupted, UsageError, loader_death
 
 # What --weights takes besides files: random numbers, and VGG-16's trained on ImageNet.
 WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
-EXIT_DATA, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DATA = 1
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
 
@@ -23,20 +24,49 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     """Parse the command line, call ``main(args)`` and turn a foreseen failure into one sentence.
 
     Exit codes: 0 done, 1 the data cannot be used, 2 the command line cannot, 130 interrupted,
-    143 ended by SIGTERM between two steps.
+    143 ended by SIGTERM between two steps, 141 the reader of the output has gone.
     An unforeseen exception keeps its traceback: it is a bug to report.
     """
     args = parser.parse_args()
     try:
         main(args)
+        sys.stdout.flush()
     except UsageError as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (| head); nothing is left to be said to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_SIGNAL + signal.SIGPIPE)
     except (DataError, OSError) as error:
         _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:
         _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
-    except KeyboardInterrupt:
-        _leave("interrupted: finished files are kept.", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        _leave("interrupted: finished files are kept.", EXIT_SIGNAL + number)
+    except RuntimeError as error:
+        death = loader_death(error)
+        if death is None:
+            raise
+        _leave(f"error: {death}", EXIT_DATA)
+
+
+def require_outputs(
+    outputs: Mapping[str, str | None], inputs: Mapping[str, str | None] | None = None
+) -> None:
+    """Raise UsageError if an output file is a folder, or also an input or another output.
+
+    Both are paths by what users set them with; None: not named.
+    """
+    taken = {os.path.realpath(path): name for name, path in (inputs or {}).items() if path}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if os.path.isdir(path):
+            raise UsageError(f"{name} {path}: is a folder; name a file.")
+        other = taken.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise UsageError(f"{name} {path}: is {other}, too, which it would replace.")
 
 
 def sentence(error: DataError | OSError) -> str:

@@ -8,6 +8,7 @@ that say "all ranks must call it" exchange something.
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -22,6 +23,8 @@ from tool.errors import DataError, UsageError
 
 DEVICE_TYPES = ("cpu", "cuda")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds after a signal before another SIGTERM means that the program has not obeyed.
+PATIENCE = 10
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What torchrun tells a process; with fewer of them, it was started alone.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -265,11 +268,13 @@ class StopSignals:
                 <a step>
                 if stop.agreed(): <save>; raise Interrupted(...)
 
-    A second SIGINT does interrupt at once, unless torchrun is between: it may pass one on twice.
+    A second SIGINT does interrupt at once, and so does a SIGTERM a while after the first signal,
+    unless torchrun is between: it may pass one on twice.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -281,9 +286,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        if self.received and number == signal.SIGINT and not was_launched():
-            raise KeyboardInterrupt
-        self.received = number
+        now = time.monotonic()
+        if self.received and not was_launched():
+            # Batch systems send SIGTERM to all processes, which then pass it on to each other.
+            if number == signal.SIGINT or now - self._received_at > PATIENCE:
+                raise KeyboardInterrupt(number)
+            return
+        self.received, self._received_at = number, now
 
     def agreed(self) -> int:
         """The number of a signal that any rank has received, or 0; all ranks must call it."""

@@ -10,7 +10,7 @@ from typing import Any
 from tool import cli, outputs
 from tool.checkpoint import digest
 from tool.distributed import StopSignals, gather, is_main, say, share, world_size
-from tool.errors import DataError, Interrupted
+from tool.errors import DataError, Interrupted, loader_death
 from tool.outputs import OutputFolder
 from tool.weights import FRESH
 
@@ -102,6 +102,7 @@ class Run:
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         self._bar.close()
+        error = loader_death(error) or error
         if error is None and self._error:
             hint = "the same command makes the others, with --skip_bad without this one."
             raise DataError(f"{self._error} {self._count()}; {hint}") from self._error

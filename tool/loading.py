@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tool.errors import DataError
+from tool.errors import DataError, loader_death
 
 # Linux can; macOS and Windows cannot.
 CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")
@@ -106,10 +106,10 @@ def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callab
     try:
         yield from _start(loader)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        death = loader_death(error)
+        if death is None:
             raise
-        reason = str(error).splitlines()[0]
-        raise DataError(f"a loader process died ({reason}); try fewer --num_workers.") from error
+        raise death from error
 
 
 # torchrun, a terminal and Slurm send SIGINT or SIGTERM to all processes of a program, but a program

@@ -10,6 +10,7 @@ place (see ``maps_file``).
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
+import errno
 import glob
 import math
 import mmap
@@ -49,10 +50,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
     so no reader ever sees half a file and an older file stays whole until then. Missing folders
-    are created. Raises OSError as ``open`` does.
+    are created. Raises OSError as ``open`` does, always with a path.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(TEMPORARY_NAME.format(path.name, secrets.token_hex(4)))
     try:
         with open(temporary, "xb") as file:
@@ -60,9 +61,21 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it; raises OSError, which names a file in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        in_the_way = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        text = "is a file where a folder should be; name another folder"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(in_the_way)) from error
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:

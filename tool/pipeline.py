@@ -27,12 +27,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tool import cli
-from tool.errors import DataError
+from tool.errors import DataError, UsageError
 from tool.maps import atomic_write
 from tool.steps import History, Step, Word
 from tool.tables import PUBLISHED, SPLIT_RULES, comparison, markdown
@@ -99,6 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for program in PROGRAMS:
         add(
             f"--{program}_args",
+            type=_shell_words,
             metavar="'--FLAG VALUE ...'",
             help=f"further flags of {program}.py; they override the network's recipe",
         )
@@ -121,6 +122,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="print the commands that would be run, no more")
     cli.add_run_arguments(parser)
     return parser
+
+
+def _shell_words(text: str) -> str:
+    """argparse type: words as a shell takes them."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no flags ({error})") from error
+    return text
 
 
 class Pipeline:
@@ -219,7 +229,13 @@ class Pipeline:
         return self.out / f"{folder}_{split}.json"
 
     def run(self) -> None:
-        """Run what is not complete of the stages that the command line names."""
+        """Run what is not complete of the stages that the command line names.
+
+        Raises UsageError if a stage would not take the flags that it is given.
+        """
+        changed = [name for name in PROGRAMS if getattr(self.args, f"{name}_args")]
+        commands = {step.stage: step.command for step in self.steps()}
+        require_flags({name: commands[name] for name in changed if name in self.stages()})
         history = History(self.out, pretend=self.args.dry_run)
         if not self.args.list_dir:
             # The lists' content is among the settings of what reads them: no step is stale because
@@ -311,6 +327,39 @@ def shown(command: Sequence[Word]) -> str:
     return f"$ python3 {shlex.join(str(word) for word in command)}"
 
 
+# Parses the command lines of programs, and does no more; the program's name begins the error.
+PARSE = """
+import importlib, json, sys
+for sys.argv[0], words in json.loads(sys.argv[1]).items():
+    importlib.import_module(sys.argv[0]).get_args_parser().parse_args(words)
+"""
+
+
+def require_flags(commands: Mapping[str, Sequence[Word]]) -> None:
+    """Raise UsageError if a program does not take its command's flags.
+
+    Better before the first stage than days later.
+    """
+    if not commands:
+        return
+    words = json.dumps(
+        {name: [str(word) for word in words[1:]] for name, words in commands.items()}
+    )
+    command = [sys.executable, "-c", PARSE, words]
+    done = subprocess.run(
+        command, env=_environment(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        program, _, problem = done.stderr.strip().rpartition("\n")[2].partition(": error: ")
+        raise UsageError(f"--{program}_args: {problem}")
+
+
+def _environment() -> dict[str, str]:
+    """In which python3 finds the packages also where the pipeline is started from elsewhere."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run(command: Sequence[Word]) -> None:
     """Print a Python command and run it; raises DataError if it fails.
 
@@ -318,14 +367,10 @@ def run(command: Sequence[Word]) -> None:
     KeyboardInterrupt is raised for SIGINT, else SystemExit.
     """
     print(shown(command), flush=True)
-    environment = dict(os.environ)
-    # python3 -m must find the packages also where the pipeline is started from another folder.
-    paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
     with stop_signals() as (received, receivers):
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=environment, start_new_session=True
+            [sys.executable, *map(str, command)], env=_environment(), start_new_session=True
         )
         receivers.append(process)
         for number in received:  # those that came before there was a process

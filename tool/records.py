@@ -13,6 +13,7 @@ import torch
 
 from tool.distributed import is_main, world_size
 from tool.errors import UsageError
+from tool.maps import make_folder
 
 # Whose versions, besides PyTorch's, can change a training's numbers.
 PACKAGES = ("torchvision", "numpy", "pillow")
@@ -92,7 +93,7 @@ class Records:
         self.texts = dict(texts)
         if is_main():
             for kind, path in self._paths.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 path.write_text(texts[kind], "utf-8")
 
     def _append(self, kind: str, line: str) -> None:

@@ -110,6 +110,9 @@ def session_name(args: argparse.Namespace) -> str:
     name = args.session_name or args.network.__name__.rpartition(".")[2]
     if not Path(name).name or name.endswith(("/", os.sep)):
         raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
+    folder = Path(name).parent
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--session_name {name}: {folder} is a file, not a folder; name another.")
     for suffix in SESSION_SUFFIXES:
         if Path(name + suffix).is_dir():
             raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")

@@ -83,6 +83,8 @@ def read_weight_file(path: str | os.PathLike) -> WeightFile:
     named ``<layer>.0``, ``<layer>.1``, and nameless arrays of MXNet ``0``, ``1``. Raises DataError
     if the file is missing, damaged, of no known kind, or wants to execute anything.
     """
+    if Path(path).is_dir():
+        raise DataError(f"{path}: is a folder; name the weight file.")
     if not Path(path).is_file():
         raise DataError(
             f"{path}: no such weight file; --weights {FRESH} starts without one, and "
@@ -500,6 +502,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    outputs = {"--json": args.json} if args.command == "show" else {"OUT.pth": args.out}
+    cli.require_outputs(outputs, {"FILE": args.file})
     {"show": show, "convert": convert}[args.command](args)
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -84,6 +85,8 @@ class _Worker:
         self.task: str | None = None
         self._flag = flag
         self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        # Python starts its tracker with the first process, and then lets signals pass again.
+        resource_tracker.ensure_running()
         with _signals_held_back():
             self._process.start()
         # Only the worker holds its end now: the pipe breaks when the worker dies.

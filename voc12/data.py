@@ -200,6 +200,12 @@ class Devkit:
         self._labels: dict = {}
         if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
             self._labels = load_npy_dict(label_file)
+            strange = next((key for key in self._labels if not isinstance(key, str)), None)
+            if strange is not None:
+                raise DataError(
+                    f"{label_file}: holds no image-level labels, because {strange!r} is no image "
+                    "id; make the file with voc12.prepare."
+                )
 
     def image_path(self, image_id: str) -> Path:
         return self.root / "JPEGImages" / f"{image_id}.jpg"

@@ -370,6 +370,9 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if not args.sweep and (args.csv or args.plot):
         raise UsageError("--csv and --plot show a --sweep.")
+    if args.plot and not args.plot.endswith(".png"):
+        raise UsageError(f"--plot {args.plot}: must end in .png.")
+    cli.require_outputs(output_files(args), {"--list": args.list, "--classes": args.classes})
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise DataError("--plot needs matplotlib: pip install matplotlib.")
 
@@ -413,6 +416,11 @@ def require_labelled_pixels(args: argparse.Namespace, counts: np.ndarray) -> Non
         raise DataError(f"{args.list}: not one pixel of its masks is labelled, nothing to score.")
 
 
+def output_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """The files to write, by flag."""
+    return {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
+
+
 def write_outputs(args: argparse.Namespace, result: dict) -> None:
     """Write the files that were asked for."""
     if args.json:
@@ -432,6 +440,8 @@ def write_text(path: str, text: str) -> None:
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
     devkit = open_devkit(args)
+    for flag, path in output_files(args).items():
+        devkit.require_output(flag, path)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     present = present_ids(args, ids)
     missing = len(ids) - len(present)

@@ -133,6 +133,7 @@ def write_tree(
 
 def main(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
+    devkit.require_output("--out", args.out)
     train_ids, val_ids = (
         list(dict.fromkeys(read_ids(path))) for path in (args.list, args.val_list)
     )

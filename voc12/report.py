@@ -58,7 +58,10 @@ def main(args: argparse.Namespace) -> None:
         raise DataError(
             f"the report needs {error.name}: pip install -r requirements.txt."
         ) from error
+    inputs = {"--list": args.list, "--classes": args.classes}
+    cli.require_outputs({"--out": args.out}, inputs | {f"--log {log}": log for log in args.log})
     devkit = open_devkit(args)
+    devkit.require_output("--out", args.out)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     outputs = report_data.Outputs(devkit, args.cam, args.la, args.ha, args.rw)
     if suffix == ".png":
