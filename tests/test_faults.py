@@ -458,6 +458,14 @@ def test_fault(fault, world):
     assert_refused(world, " ".join([COMMANDS[name], *flags]), fault.code, *fault.words)
 
 
+@pytest.mark.parametrize(
+    ("out", "words"), [(IMAGE, ("a.jpg", ".pth")), ("./cls.pth", ("OUT.pth", "is FILE, too"))]
+)
+def test_converted_weights_replace_nothing_else(out, words, world):
+    command = f"tool.weights convert cls.pth {out} --network network.tiny_cls"
+    assert_refused(world, command, 2, *words)
+
+
 # Faults while a command runs (those that end its process are in test_infer, test_resume,
 # test_workers and test_loading)
 

@@ -22,8 +22,8 @@ from tool.errors import DataError, UsageError
 GIGABYTE = 1e9
 FLOAT = 4  # bytes
 # Convolutions copy their input into another layout, and need scratch space. Measured at half a
-# megapixel and more, in shares of the count: VGG-16 1.0, ResNet-38 1.1, the tiny network 1.35 to
-# 1.55.
+# megapixel and more, in shares of the count: VGG-16 1.0, the tiny network 1.1 to 1.55, ResNet-38
+# 1.2, and 1.55 with the channels last.
 OVERHEAD = 1.7
 # The dense CRF with five labels; measured: 470 by PyTorch, 320 by pydensecrf.
 CRF_BYTES_PER_PIXEL = 480

@@ -46,6 +46,7 @@ OPTIONAL_SUFFIX = "num_batches_tracked"
 NAMES_SHOWN = 8
 DIFFERENCES_SHOWN = 3
 HASH_DIGITS = 16
+STATE_DICT_SUFFIXES = (".pth", ".pt")
 NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 PYTORCH, SAFETENSORS = "PyTorch state dict", "safetensors"
@@ -502,6 +503,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.command == "convert" and not args.out.endswith(STATE_DICT_SUFFIXES):
+        raise UsageError(f"{args.out}: is no name for a state dict; it must end in .pth.")
     outputs = {"--json": args.json} if args.command == "show" else {"OUT.pth": args.out}
     cli.require_outputs(outputs, {"FILE": args.file})
     {"show": show, "convert": convert}[args.command](args)
