@@ -1,9 +1,9 @@
 """Dense CRF (Krähenbühl and Koltun 2011) that sharpens class scores along the image's edges.
 
 Two backends give the same numbers: ``torch``, this project's own, on any device; and
-``pydensecrf``, the module that the released code used. They differ by less than 1e-4, except where
-noise for scores meets a large area of one colour: there one bit of the scores moves pydensecrf's
-own result by more. The parameters are the released code's.
+``pydensecrf``, the module that the released code used. They differ by less than 1e-4, but for
+single pixels on the edge between two labels, where one bit of the scores moves pydensecrf's own
+result by more. The parameters are the released code's.
 """
 
 import argparse
