@@ -232,15 +232,15 @@ class Devkit:
         )
 
     def require_output(self, flag: str, folder: str | os.PathLike | None) -> None:
-        """Raise UsageError if what is written to a flag's folder would lie among the inputs."""
+        """Raise UsageError if a flag's folder or file would lie among the inputs."""
         if folder is None:
             return
         inputs = {os.path.realpath(self.root / name) for name in INPUT_FOLDERS}
         output = Path(os.path.realpath(folder))
         if not inputs.isdisjoint(map(str, (output, *output.parents))):
             raise UsageError(
-                f"{flag} {folder}: is a folder of the devkit's own, whose files it could replace; "
-                "name another."
+                f"{flag} {folder}: lies in a folder of the devkit's own, whose files it could "
+                "replace; name another place."
             )
 
     def load_image(self, image_id: str) -> Image.Image:
