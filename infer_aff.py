@@ -84,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--exact",
         action="store_true",
         help="take every step of the walk, instead of a series that gives the scores to a "
-        "millionth of the largest in two fifths of the time",
+        "millionth of the largest in a third of the time",
     )
     add(
         "--full_graph",

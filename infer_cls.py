@@ -92,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--crf_workers",
         type=cli.process_count,
         help="processes that compute CRFs on a CPU while the network sees the next image; 0 "
-        f"computes them in the program itself (default: half of the cores, at most "
+        "computes them in the program itself (default: half of the cores, at most "
         f"{MOST_CRF_WORKERS}; 0 for fewer than {FEW_IMAGES} images or on {FEW_CORES} cores); on "
         "CUDA, torch needs none",
     )
@@ -182,9 +182,10 @@ def count_crf_workers(args: argparse.Namespace, images: int, device: torch.devic
     if args.crf_workers is not None:
         return args.crf_workers
     # Starting a process takes as long as some ten CRFs.
-    if images < FEW_IMAGES or cli.usable_cores() <= FEW_CORES:
+    cores = cli.usable_cores()
+    if images < FEW_IMAGES or cores <= FEW_CORES:
         return 0
-    return min(MOST_CRF_WORKERS, cli.usable_cores() // 2)
+    return min(MOST_CRF_WORKERS, cores // 2)
 
 
 @torch.no_grad()

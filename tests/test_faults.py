@@ -495,14 +495,18 @@ def fails(owner: object, name: str, call: int, error: BaseException) -> Callable
     return hinder
 
 
-# What is written is brought to the disk before it gets its name.
 LOST_LOADER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+# What is written is brought to the disk before it gets its name.
 FULL_DISK = fails(os, "fsync", 1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 READ_ERROR = fails(ImageFile.ImageFile, "load", 2, OSError(errno.EIO, os.strerror(errno.EIO)))
 CTRL_C = fails(os, "fsync", 1, KeyboardInterrupt())
 WRITERS = [name for name in COMMANDS if name != "evaluate_cam"]
-IMAGE_READERS = ("train_cls", "infer_cls", "train_aff", "infer_aff", "evaluate", "report", "sheet",
-                 "export")  # fmt: skip
+# What reads images, and the beginning of the path of the second one.
+IMAGE_READERS = {
+    **dict.fromkeys(("train_cls", "train_aff"), "VOC/JPEGImages/"),
+    **dict.fromkeys(("infer_cls", "infer_aff", "report", "sheet", "export"), IMAGE),
+    "evaluate": MASK,
+}
 HINDRANCES = [
     *(
         Hindrance(f"full disk, {name}", FULL_DISK, name, 1, ("new", ": No space left on device"))
@@ -518,8 +522,8 @@ HINDRANCES = [
         )
     ),
     *(
-        Hindrance(f"read error, {name}", READ_ERROR, name, 1, (".", "Input/output error"))
-        for name in IMAGE_READERS
+        Hindrance(f"read error, {name}", READ_ERROR, name, 1, (path, "Input/output error"))
+        for name, path in IMAGE_READERS.items()
     ),
     *(
         Hindrance(f"Ctrl-C, {name}", CTRL_C, name, 130, ("interrupted: ", "kept"))

@@ -15,7 +15,7 @@ from tool.errors import DataError, Interrupted, UsageError, loader_death
 
 # What --weights takes besides files: random numbers, and VGG-16's trained on ImageNet.
 WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
-EXIT_DATA = 1
+EXIT_DATA, EXIT_USAGE = 1, 2
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
 
@@ -51,14 +51,14 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         _leave(f"error: {death}", EXIT_DATA)
 
 
-def require_outputs(
-    outputs: Mapping[str, str | None], inputs: Mapping[str, str | None] | None = None
+def require_distinct_outputs(
+    outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]
 ) -> None:
     """Raise UsageError if an output file is a folder, or also an input or another output.
 
     Both are paths by what users set them with; None: not named.
     """
-    taken = {os.path.realpath(path): name for name, path in (inputs or {}).items() if path}
+    taken = {os.path.realpath(path): name for name, path in inputs.items() if path}
     for name, path in outputs.items():
         if path is None:
             continue

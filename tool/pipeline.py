@@ -42,7 +42,6 @@ SCORED_SPLITS = ("train", "val")
 PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
 STAGES = ("prepare", *PROGRAMS, "evaluate")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-EXIT_SIGNAL = 128  # plus the signal's number, as shells say it
 
 # What the networks are trained and run with. The published figures were made with these of vgg16
 # and resnet38, which differ in the learning rate only.
@@ -330,8 +329,9 @@ def shown(command: Sequence[Word]) -> str:
 # Parses the command lines of programs, and does no more; the program's name begins the error.
 PARSE = """
 import importlib, json, sys
-for sys.argv[0], words in json.loads(sys.argv[1]).items():
-    importlib.import_module(sys.argv[0]).get_args_parser().parse_args(words)
+for name, words in json.loads(sys.argv[1]).items():
+    sys.argv[0] = name
+    importlib.import_module(name).get_args_parser().parse_args(words)
 """
 
 
@@ -349,7 +349,7 @@ def require_flags(commands: Mapping[str, Sequence[Word]]) -> None:
     done = subprocess.run(
         command, env=_environment(), stderr=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode:
+    if done.returncode == cli.EXIT_USAGE:  # for any other reason, the stage itself says why
         program, _, problem = done.stderr.strip().rpartition("\n")[2].partition(": error: ")
         raise UsageError(f"--{program}_args: {problem}")
 
@@ -381,7 +381,7 @@ def run(command: Sequence[Word]) -> None:
             raise KeyboardInterrupt
         name = signal.Signals(received[0]).name
         print(f"ended by {name}, and the stage above with it.", file=sys.stderr)
-        raise SystemExit(EXIT_SIGNAL + received[0])
+        raise SystemExit(cli.EXIT_SIGNAL + received[0])
     if code:
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         raise DataError(f"the last command above failed ({how}).")

@@ -457,6 +457,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def show(args: argparse.Namespace) -> None:
     """Print what is in a file, and write it as JSON."""
+    cli.require_distinct_outputs({"--json": args.json}, {"FILE": args.file})
     file = read_weight_file(args.file)
     contents = {
         name: {"shape": list(value.shape), "dtype": _dtype(value), "sha256": _sha256(value)}
@@ -489,6 +490,9 @@ def _sha256(value: Tensor) -> str:
 
 def convert(args: argparse.Namespace) -> None:
     """Write what a network takes of a file as a state dict."""
+    if not args.out.endswith(STATE_DICT_SUFFIXES):
+        raise UsageError(f"{args.out}: is no name for a state dict; it must end in .pth.")
+    cli.require_distinct_outputs({"OUT.pth": args.out}, {"FILE": args.file})
     with torch.device("meta"):  # names and shapes are all that is needed
         net = args.network.Net()
     match = _match_file(net, args.file, net.new_layers)
@@ -503,10 +507,6 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.command == "convert" and not args.out.endswith(STATE_DICT_SUFFIXES):
-        raise UsageError(f"{args.out}: is no name for a state dict; it must end in .pth.")
-    outputs = {"--json": args.json} if args.command == "show" else {"OUT.pth": args.out}
-    cli.require_outputs(outputs, {"FILE": args.file})
     {"show": show, "convert": convert}[args.command](args)
 
 

@@ -372,7 +372,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--csv and --plot show a --sweep.")
     if args.plot and not args.plot.endswith(".png"):
         raise UsageError(f"--plot {args.plot}: must end in .png.")
-    cli.require_outputs(output_files(args), {"--list": args.list, "--classes": args.classes})
+    inputs = {"--list": args.list, "--classes": args.classes}
+    cli.require_distinct_outputs(output_files(args), inputs)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise DataError("--plot needs matplotlib: pip install matplotlib.")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tool import cli
 from tool.errors import DataError
-from tool.maps import load_index_png, open_image, save_index_png
+from tool.maps import load_index_png, make_folder, open_image, save_index_png
 from voc12.data import (
     Devkit,
     add_devkit_arguments,
@@ -85,7 +85,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise DataError(f"{path}: is there already; remove it, or name another --out.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         yield temporary
         temporary.rename(path)

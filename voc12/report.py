@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
             f"the report needs {error.name}: pip install -r requirements.txt."
         ) from error
     inputs = {"--list": args.list, "--classes": args.classes}
-    cli.require_outputs({"--out": args.out}, inputs | {f"--log {log}": log for log in args.log})
+    inputs |= {f"--log {log}": log for log in args.log}
+    cli.require_distinct_outputs({"--out": args.out}, inputs)
     devkit = open_devkit(args)
     devkit.require_output("--out", args.out)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
