@@ -24,25 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tool import cli
 from tool.affinity import pair_affinity
-from tool.crf import add_backend_argument, choose_backend, dense_crf
-from tool.distributed import (
-    StopSignals,
-    autocast,
-    choose_device,
-    place,
-    process_group,
-    say,
-    seed_generators,
-    set_rounding,
-)
-from tool.errors import UsageError
-from tool.inference import LONGEST_WAIT, Run, settings_of
-from tool.loading import load_each
+from tool.crf import dense_crf
+from tool.labels import index_image
 from tool.maps import save_index_png
-from tool.memory import walk_limit
-from tool.outputs import OutputFolder, maps_identity
 from tool.random_walk import (
     TOLERANCE,
     pad_to_multiple,
@@ -52,17 +37,25 @@ from tool.random_walk import (
     walk_seeds,
     walk_trace,
 )
-from tool.weights import load_for_inference
-from voc12.data import (
-    AffinityInferenceSet,
-    AffinitySample,
-    add_devkit_arguments,
-    index_image,
-    open_devkit,
-    read_ids,
-    require_files,
+from tool.run import cli
+from tool.run.devices import (
+    StopSignals,
+    autocast,
+    choose_device,
+    configure_backends,
+    print_main,
+    process_group,
+    seed_generators,
+    to_device,
 )
-from voc12.trace import save_trace
+from tool.run.errors import UsageError
+from tool.run.inference import LONGEST_WAIT, Run, settings_of
+from tool.run.loading import load_each
+from tool.run.outputs import OutputFolder, maps_identity
+from tool.weights import load_for_inference
+from voc12.datasets import AffinityInferenceSet, AffinitySample
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
+from voc12.report.trace import save_trace
 
 # Walks of small grids leave a GPU waiting for launches; together they do not.
 WALKS_AT_A_TIME = {"cpu": 1, "cuda": 8}
@@ -97,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="refine the walk's scores by the dense CRF, as the paper does for its final labels",
     )
-    add_backend_argument(parser)
+    cli.add_crf_argument(parser)
     add("--trace", metavar="DIR", help="pictures of the walk: a strip <id>.png and a film <id>.gif")
     add("--trace_ids", nargs="+", metavar="ID", help="the images of --trace (default: the first)")
     return parser
@@ -160,7 +153,7 @@ def infer(
 ) -> None:
     """Write the label of every image of the dataset, which are the run's."""
     tolerance = 0 if args.exact else TOLERANCE
-    crf_backend = choose_backend(args.crf_backend) if args.crf else None
+    crf_backend = args.crf_backend if args.crf else None
     samples = run.each(load_each(dataset, args.num_workers))
     for group in groups(samples, WALKS_AT_A_TIME[device.type]):
         walks = [walk_of(net, sample, args, device) for sample in group]
@@ -217,21 +210,20 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)
     net = args.network.Net(radius=args.radius)
-    load_for_inference(net, args.weights, say)
-    place(net, device, args, "forward_features").eval()
+    load_for_inference(net, args.weights, print_main)
+    to_device(net, device, args, "forward_features").eval()
     run = Run("infer_aff", args, ids, output_folders(args), stop)
     if not args.skip_bad:
         devkit.require_images(run.todo)
         require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
-    limit = walk_limit(net, args.num_workers, device, crf_workers=0 if args.crf else None)
-    dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir, limit)
+    dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir)
     with run:
         infer(net, dataset, args, device, run)
 
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    set_rounding(device, args, fixed_size=False)
+    configure_backends(device, args, fixed_size=False)
     with process_group(device, LONGEST_WAIT), StopSignals() as stop:
         infer_list(args, device, stop)
 

@@ -24,42 +24,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label, multi_scale_cam
-from tool.checkpoint import digest
-from tool.crf import add_backend_argument, background_and_maps, choose_backend, dense_crf
-from tool.distributed import (
+from tool.crf import background_and_maps, dense_crf
+from tool.labels import index_image
+from tool.maps import MAP_FORMATS, save_index_png, save_maps
+from tool.run import cli
+from tool.run.checkpoint import digest
+from tool.run.devices import (
     StopSignals,
     autocast,
     choose_device,
-    place,
+    configure_backends,
+    print_main,
     process_group,
-    say,
     seed_generators,
-    set_rounding,
+    to_device,
 )
-from tool.errors import UsageError
-from tool.inference import LONGEST_WAIT, Run, settings_of
-from tool.loading import load_each
-from tool.maps import MAP_FORMATS, save_index_png, save_maps
-from tool.memory import cam_limit
-from tool.outputs import OutputFolder
+from tool.run.errors import UsageError
+from tool.run.inference import LONGEST_WAIT, Run, settings_of
+from tool.run.loading import load_each
+from tool.run.outputs import OutputFolder
 from tool.weights import load_for_inference
-from tool.workers import WorkerPool
-from voc12.data import (
-    Devkit,
-    MultiScaleSet,
-    add_devkit_arguments,
-    index_image,
-    open_devkit,
-    read_ids,
-)
-
-# Below this many images, worker processes would take longer to start than they save.
-FEW_IMAGES = 16
-# On so few cores, a worker only takes from the network, whose threads then wait for each other.
-FEW_CORES = 2
-MOST_CRF_WORKERS = 8
+from voc12.datasets import MultiScaleSet
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,15 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of maps; float16 takes half the space and rounds to three digits",
     )
-    add_backend_argument(parser)
-    add(
-        "--crf_workers",
-        type=cli.process_count,
-        help="processes that compute CRFs on a CPU while the network sees the next image; 0 "
-        "computes them in the program itself (default: half of the cores, at most "
-        f"{MOST_CRF_WORKERS}; 0 for fewer than {FEW_IMAGES} images or on {FEW_CORES} cores); on "
-        "CUDA, torch needs none",
-    )
+    cli.add_crf_argument(parser)
     add(
         "--scales",
         nargs="+",
@@ -175,19 +154,6 @@ def write_crf_scores(
         form.write(folder, image_id, [0, *(k + 1 for k in classes)], scores)
 
 
-def count_crf_workers(args: argparse.Namespace, images: int, device: torch.device) -> int:
-    """How many processes compute CRFs, besides this one."""
-    if device.type == "cuda" and args.crf_backend == "torch":
-        return 0
-    if args.crf_workers is not None:
-        return args.crf_workers
-    # Starting a process takes as long as some ten CRFs.
-    cores = cli.usable_cores()
-    if images < FEW_IMAGES or cores <= FEW_CORES:
-        return 0
-    return min(MOST_CRF_WORKERS, cores // 2)
-
-
 @torch.no_grad()
 def infer(
     net: nn.Module,
@@ -199,18 +165,15 @@ def infer(
     """Write the outputs of every image of the dataset, which are the run's."""
     outputs = crf_outputs(args)
     write_crf = partial(write_crf_scores, outputs, maps_form(args), args.crf_backend, device)
-    num_workers = count_crf_workers(args, len(dataset), device)
-    with WorkerPool(write_crf, num_workers, "--crf_workers") as crf_pool:
-        for sample in run.each(load_each(dataset, args.num_workers)):
-            classes = np.flatnonzero(sample.label).tolist()
-            size = sample.image.shape[:2]
-            scaled = [pair.to(device, non_blocking=True) for pair in sample.scaled]
-            with autocast(device, args.amp):
-                cam = multi_scale_cam(net, scaled, size, classes)
-            maps = cam.cpu().numpy()
-            write_cam(args, sample.image_id, classes, maps)
-            if outputs:
-                crf_pool.submit(sample.image_id, sample.image, classes, maps)
+    for sample in run.each(load_each(dataset, args.num_workers)):
+        classes = np.flatnonzero(sample.label).tolist()
+        scaled = [image.to(device, non_blocking=True) for image in sample.scaled]
+        with autocast(device, args.amp):
+            cam = multi_scale_cam(net, scaled, sample.photograph.shape[:2], classes)
+        maps = cam.cpu().numpy()
+        write_cam(args, sample.image_id, classes, maps)
+        if outputs:
+            write_crf(sample.image_id, sample.photograph, classes, maps)
 
 
 def check_output_folders(args: argparse.Namespace) -> None:
@@ -238,23 +201,20 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
         devkit.require_output(f"--{name}", getattr(args, name))
     ids = read_ids(args.infer_list)
     net = args.network.Net(num_classes=len(devkit.class_names))
-    load_for_inference(net, args.weights, say)
-    place(net, device, args, "forward_cam").eval()
+    load_for_inference(net, args.weights, print_main)
+    to_device(net, device, args, "forward_cam").eval()
     run = Run("infer_cls", args, ids, output_folders(args, devkit), stop)
     if not args.skip_bad:
-        say(devkit.require_labelled_images(run.todo))
-    crf_workers = count_crf_workers(args, len(run.ids), device) if crf_outputs(args) else None
-    limit = cam_limit(net, args.scales, args.num_workers, device, crf_workers)
-    dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales, limit)
+        print_main(devkit.require_labelled_images(run.todo))
+    dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales)
     with run:
         infer(net, dataset, args, device, run)
 
 
 def main(args: argparse.Namespace) -> None:
     check_output_folders(args)
-    args.crf_backend = choose_backend(args.crf_backend)
     device = choose_device(args.device)
-    set_rounding(device, args, fixed_size=False)
+    configure_backends(device, args, fixed_size=False)
     with process_group(device, LONGEST_WAIT), StopSignals() as stop:
         infer_list(args, device, stop)
 

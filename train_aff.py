@@ -23,23 +23,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tool import cli
 from tool.affinity import affinity_loss, pair_labels
-from tool.checkpoint import digest, digest_files
-from tool.distributed import (
+from tool.maps import maps_file
+from tool.run import cli
+from tool.run.checkpoint import digest, digest_files
+from tool.run.devices import (
     StopSignals,
     autocast,
     choose_device,
+    configure_backends,
     process_group,
     seed_generators,
-    set_rounding,
     sum_over_ranks,
 )
-from tool.errors import UsageError
-from tool.loading import load_epochs
-from tool.maps import maps_file
-from tool.memory import require_memory_to_train
-from tool.training import (
+from tool.run.errors import UsageError
+from tool.run.loading import load_epochs
+from tool.run.training import (
     Training,
     add_training_arguments,
     check_crop_size,
@@ -48,14 +47,8 @@ from tool.training import (
     session_name,
 )
 from tool.weights import load_for_training
-from voc12.data import (
-    AffinityTrainingSet,
-    Devkit,
-    add_devkit_arguments,
-    open_devkit,
-    read_ids,
-    require_files,
-)
+from voc12.datasets import AffinityTrainingSet
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,7 +78,7 @@ def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     session = session_name(args)
-    set_rounding(device, args)
+    configure_backends(device, args)
     seed_generators(args.seed)
     devkit = open_devkit(args)
     devkit.require_output("--session_name", session)
@@ -96,7 +89,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     check_crop_size(args.crop_size, net.stride, args.radius)
     notes: list[str] = []
     load_for_training(net, args.weights, notes.append)
-    require_memory_to_train(net, device, args.batch_size, args.crop_size, args.amp)
     train_set = AffinityTrainingSet(
         devkit,
         train_ids,

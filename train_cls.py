@@ -26,23 +26,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tool import cli
-from tool.checkpoint import digest, digest_files
-from tool.distributed import (
+from tool.run import cli
+from tool.run.checkpoint import digest, digest_files
+from tool.run.devices import (
     StopSignals,
     autocast,
     choose_device,
+    configure_backends,
     is_main,
     process_group,
     seed_generators,
-    set_rounding,
-    share,
+    shard,
     sum_over_ranks,
 )
-from tool.errors import UsageError
-from tool.loading import load, load_epochs
-from tool.memory import require_memory_to_train
-from tool.training import (
+from tool.run.errors import UsageError
+from tool.run.loading import load, load_epochs
+from tool.run.training import (
     Training,
     add_training_arguments,
     diverged,
@@ -51,14 +50,8 @@ from tool.training import (
     session_name,
 )
 from tool.weights import load_for_training
-from voc12.data import (
-    ClassifierTrainingSet,
-    ClassifierValidationSet,
-    Devkit,
-    add_devkit_arguments,
-    open_devkit,
-    read_ids,
-)
+from voc12.datasets import ClassifierTrainingSet, ClassifierValidationSet
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -104,7 +97,7 @@ def validate(
     """The mean loss over the images, of which each rank sees a share; cut short by a signal."""
     net.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    own = share(range(len(dataset)))
+    own = shard(range(len(dataset)))
     batches = load(dataset, own, args.batch_size, args.num_workers)
     with cli.progress(None, "validation", total=len(own), disable=not is_main()) as bar:
         for images, labels in batches:
@@ -134,7 +127,7 @@ def digests(
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     session = session_name(args)
-    set_rounding(device, args)
+    configure_backends(device, args)
     seed_generators(args.seed)
     devkit = open_devkit(args)
     devkit.require_output("--session_name", session)
@@ -144,8 +137,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     net = args.network.Net(num_classes=len(devkit.class_names))
     notes: list[str] = []
     load_for_training(net, args.weights, notes.append)
-    sides = args.crop_size, args.amp, args.val_crop_size, args.resize_long[1]
-    require_memory_to_train(net, device, args.batch_size, *sides)
     train_set = ClassifierTrainingSet(
         devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
     )

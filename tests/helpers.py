@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tool import cli
 from tool.maps import save_index_png, save_maps
+from tool.run import cli
 from voc12 import toy
-from voc12.data import Devkit, read_ids
+from voc12.devkit import Devkit, read_ids
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 needs_pydensecrf = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from weight_files import (
     varint,
 )
 
-from tool.caffe import MAX_FIELDS, read_caffemodel
+from tool.weights.caffe import MAX_FIELDS, read_caffemodel
 
 
 def _read(content: bytes) -> dict[str, np.ndarray]:

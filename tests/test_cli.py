@@ -25,16 +25,10 @@ from helpers import (
 from PIL import Image
 
 import infer_aff
-from tool.maps import (
-    load_index_png,
-    load_maps,
-    load_npy_dict,
-    save_maps,
-    save_npy_dict,
-    voc_palette,
-)
+from tool.labels import voc_palette
+from tool.maps import load_index_png, load_maps, load_npy_dict, save_maps, save_npy_dict
 from voc12 import toy
-from voc12.data import VOC_CLASSES, Devkit, read_ids
+from voc12.devkit import VOC_CLASSES, Devkit, read_ids
 
 PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
 MODULES = (*PROGRAMS, "voc12.prepare", "voc12.evaluate", "voc12.export", "voc12.report")

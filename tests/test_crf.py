@@ -12,7 +12,7 @@ from PIL import Image
 import tool.crf
 import tool.lattice
 from tool.crf import BACKENDS, background_and_maps, choose_backend, dense_crf
-from tool.errors import UsageError
+from tool.run.errors import UsageError
 
 HEIGHT, WIDTH = 24, 33
 TOLERANCE = 1e-4  # of probabilities, against pydensecrf

@@ -8,10 +8,11 @@ import torch
 from helpers import noise_image, working_directory, write_annotation, write_image, write_mask
 from PIL import Image
 
-from tool.errors import DataError
-from tool.maps import VOID, save_maps, save_npy_dict
+from tool.labels import VOID
+from tool.maps import save_maps, save_npy_dict
+from tool.run.errors import DataError
 from voc12 import data
-from voc12.data import Devkit
+from voc12.devkit import Devkit
 
 CLASSES = ("crack", "rust", "moss")
 

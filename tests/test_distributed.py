@@ -22,9 +22,9 @@ from helpers import (
     write_training_data,
 )
 
-from tool import distributed
 from tool.affinity import affinity_loss, pair_labels
-from tool.errors import UsageError
+from tool.run import devices as distributed
+from tool.run.errors import UsageError
 
 CPU = torch.device("cpu")
 # Five steps; five images a step divide by neither two nor three ranks.
@@ -200,7 +200,7 @@ def test_shares_are_the_whole_in_order_and_even(size, length, monkeypatch):
     shares = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(list(distributed.share(range(length))))
+        shares.append(list(distributed.shard(range(length))))
     assert [item for share in shares for item in share] == list(range(length))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from tool.crf import dense_crf
 from tool.maps import load_index_png, load_maps, save_index_png, save_maps
-from voc12.data import VOC_CLASSES, Devkit, read_ids
+from voc12.devkit import VOC_CLASSES, Devkit, read_ids
 from voc12.evaluate import SWEEPS, Background, Scorer, sweep, total_counts, winning_score
 
 EVALUATE = "voc12.evaluate --voc12_root VOC --list list.txt --classes classes.txt --num_workers 0"

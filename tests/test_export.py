@@ -9,8 +9,9 @@ import torchvision
 from helpers import contents, noise_image, run_program, write_image, write_mask
 from PIL import Image
 
-from tool.maps import VOID, load_index_png, save_index_png, voc_palette
-from voc12.data import read_ids
+from tool.labels import VOID, voc_palette
+from tool.maps import load_index_png, save_index_png
+from voc12.devkit import read_ids
 
 EXPORT = "voc12.export --voc12_root VOC --rw rw --list train.txt --val_list val.txt --out out"
 HEIGHT, WIDTH = 12, 17

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 from weight_files import CAFFE_FORMS, caffemodel, params
 
-from tool.errors import DataError
 from tool.maps import load_npy_dict
+from tool.run.errors import DataError
 from tool.weights import read_weight_file
 
 ALLOWED_BYTES = 64 * 2**20

@@ -14,11 +14,11 @@ from helpers import Outcome, contents, noise_image, run_program
 
 from network import tiny_aff, tiny_cls
 from tool.cam import multi_scale_cam
-from tool.distributed import autocast
 from tool.maps import load_index_png, load_maps
+from tool.run.devices import autocast
 from tool.transforms import mirrored_pair, rescale
 from voc12 import toy
-from voc12.data import read_ids
+from voc12.devkit import read_ids
 
 IMAGES = 6
 DATA = "--voc12_root VOC --num_workers 0 --infer_list list.txt --device cpu"

@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tool.errors import DataError
-from tool.maps import VOID, load_index_png, open_image, save_maps, save_npy_dict
+from tool.labels import VOID
+from tool.maps import load_cams, load_index_png, open_image, save_maps, save_npy_dict
 from tool.metrics import confusion_matrix
-from voc12.data import (
-    Devkit,
-    list_line,
-    load_cams,
-    read_class_names,
-    read_ids,
-    read_lines,
-    require_ids,
-)
+from tool.run.errors import DataError
+from voc12.devkit import Devkit, list_line, read_class_names, read_ids, read_lines, require_ids
 
 CLASSES = ("crack", "rust", "moss")
 # Characters that have a meaning in a list, a path or markup, among any others.

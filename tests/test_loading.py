@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tool.errors import DataError
-from tool.loading import load, load_each, load_epochs, shuffled
+from tool.run.errors import DataError
+from tool.run.loading import load, load_each, load_epochs, shuffled
 
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
 
@@ -123,8 +123,8 @@ def test_bug_stays_what_it_is(num_workers):
 
 KILLED_WORKER = """
 import os
-from tool.errors import DataError
-from tool.loading import load, load_each, load_epochs, shuffled
+from tool.run.errors import DataError
+from tool.run.loading import load, load_each, load_epochs, shuffled
 
 class Deadly(list):
     def __getitem__(self, index):
@@ -150,7 +150,7 @@ def test_worker_that_dies_is_a_data_error():
 
 
 ABANDONED = """
-from tool.loading import load
+from tool.run.loading import load
 batches = load([0, 1, 2, 3], range(4), 1, num_workers=2)
 print(int(next(batches)), flush=True)
 raise KeyError("what was not foreseen")

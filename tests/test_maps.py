@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tool.errors import DataError
+from tool.files import atomic_write
+from tool.labels import voc_palette
 from tool.maps import (
-    atomic_write,
     load_index_png,
     load_maps,
     load_npy_dict,
@@ -25,8 +25,8 @@ from tool.maps import (
     save_index_png,
     save_maps,
     save_npy_dict,
-    voc_palette,
 )
+from tool.run.errors import DataError
 
 
 class _Calls:
@@ -253,7 +253,7 @@ def test_pickle_that_forges_an_array_is_a_data_error_and_no_crash(forged, tmp_pa
     # In a process of its own: bytes that are taken for pointers would end this one.
     (tmp_path / "a.npy").write_bytes(npy(pickle.dumps({0: forged}, 3)))
     program = (
-        "import sys; from tool.errors import DataError; from tool.maps import load_npy_dict\n"
+        "import sys; from tool.run.errors import DataError; from tool.maps import load_npy_dict\n"
         "try: load_npy_dict(sys.argv[1])\n"
         "except DataError: print('refused')\n"
     )

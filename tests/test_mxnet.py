@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from weight_files import params
 
-from tool.caffe import read_caffemodel
-from tool.mxnet import MAX_ARRAYS, read_params
+from tool.weights.caffe import read_caffemodel
+from tool.weights.mxnet import MAX_ARRAYS, read_params
 
 VERSIONS = ("legacy", "V1", "V2", "V3")
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tool.errors import DataError
 from tool.maps import load_maps, maps_file, save_maps
+from tool.run.errors import DataError
 
 SIZE = (2, 3)
 LIMIT = 2 * 2**30  # bytes of address space, beside which a bomb must not matter
@@ -187,7 +187,7 @@ def test_missing_archive_is_a_data_error(tmp_path):
 
 READ = """
 import resource, sys
-from tool.errors import DataError
+from tool.run.errors import DataError
 from tool.maps import load_maps
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
 size = tuple(map(int, sys.argv[3:])) or None

@@ -23,7 +23,7 @@ from tool.random_walk import (
     upsample_scores,
     walk_seeds,
 )
-from tool.training import build_optimizer, set_poly_lr
+from tool.run.training import build_optimizer, set_poly_lr
 
 CLASSIFIERS = ("vgg16_cls", "resnet38_cls")
 AFFINITY_NETS = ("vgg16_aff", "resnet38_aff")

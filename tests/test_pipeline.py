@@ -15,9 +15,9 @@ import torch
 from helpers import REPOSITORY, run_program
 
 from tool import pipeline, tables
-from tool.errors import DataError
+from tool.run.errors import DataError
 from voc12 import toy
-from voc12.data import read_ids
+from voc12.devkit import read_ids
 
 IMAGES, VAL = 12, 3
 PIPELINE = "tool.pipeline --voc12_root VOC --out_dir out --num_workers 0 --network"

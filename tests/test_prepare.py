@@ -7,7 +7,7 @@ import pytest
 from helpers import run_program, write_annotation, write_mask
 
 from tool.maps import load_npy_dict
-from voc12.data import Devkit, read_ids
+from voc12.devkit import Devkit, read_ids
 
 PREPARE = "voc12.prepare --voc12_root VOC --out_dir lists"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tool.pickles import ForbiddenError
-from tool.pytorch import read_legacy_checkpoint, read_zip_checkpoint
+from tool.weights.pytorch import read_legacy_checkpoint, read_zip_checkpoint
 
 TENSOR = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 # Offset 0, sides 2 and 3, steps 3 and 1, as a pickle states them.

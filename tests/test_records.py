@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tool.errors import UsageError
-from tool.records import Records, describe_run
+from tool.run.errors import UsageError
+from tool.run.records import Records, describe_run
 
 CPU = torch.device("cpu")
 HEAD = ["command: a", "hardware: b"]

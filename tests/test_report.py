@@ -19,13 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from tool.maps import VOID, save_index_png, save_maps, voc_palette
+from tool.labels import VOID, voc_palette
+from tool.maps import save_index_png, save_maps
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 import voc12
-from voc12 import report_data, report_page, report_pictures, report_plots, report_sheet
+from voc12.report import data as report_data
+from voc12.report import page as report_page
+from voc12.report import pictures as report_pictures
+from voc12.report import plots as report_plots
+from voc12.report import sheet as report_sheet
 
 CLASSES = ["crack", '<img src=x onerror="alert(1)">', "$rust$ & moss", "nowhere"]
 LABELS = ["background", *CLASSES]

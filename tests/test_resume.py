@@ -18,8 +18,8 @@ from helpers import (
     write_training_data,
 )
 
-from tool.checkpoint import digest, digest_files
-from voc12.data import read_ids
+from tool.run.checkpoint import digest, digest_files
+from voc12.devkit import read_ids
 
 IMAGES = 15  # 12 to train on
 EPOCHS = 3  # of four steps

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tool import cli
-from tool.errors import DataError
 from tool.maps import load_index_png
+from tool.run import cli
+from tool.run.errors import DataError
 from voc12 import toy
-from voc12.data import VOC_CLASSES
+from voc12.devkit import VOC_CLASSES
 
 IMAGES, SIZE, SEED = 30, 96, 3
 VOID_WIDTH = 2  # pixels from a border, at most

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from tool.distributed import StopSignals
-from tool.errors import DataError, Interrupted
-from tool.loading import shuffled
-from tool.training import (
+from tool.run.devices import StopSignals
+from tool.run.errors import DataError, Interrupted
+from tool.run.loading import shuffled
+from tool.run.training import (
     Schedule,
     Training,
     add_training_arguments,

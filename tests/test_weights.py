@@ -21,7 +21,7 @@ from torchvision.models import vgg
 from weight_files import caffemodel, params
 
 from network import resnet38_aff, tiny_aff, tiny_cls, vgg16_cls
-from tool.errors import DataError, UsageError
+from tool.run.errors import DataError, UsageError
 from tool.weights import (
     _match,
     _rename_caffe,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tool.maps import VOID
+from tool.labels import VOID
 
 # Keeps logarithms finite and divisions defined (released code).
 EPSILON = 1e-5

@@ -18,16 +18,17 @@ def multi_scale_cam(
 ) -> Tensor:
     """The CAMs of the classes that are present, summed over scales and mirror images, in 0..1.
 
-    ``scaled`` holds for each scale the normalized image and its mirror image, 2 x 3 x h x w;
-    ``size`` is the image's (H, W). Each map is resized to it, bilinear, mirrored back, summed, and
-    divided by its maximum. Returns float32 len(classes) x H x W. (Absent classes' maps would be
-    zero: they are left out.)
+    ``scaled`` holds the normalized image at each scale, 3 x h x w, on the network's device;
+    ``size`` is the image's (H, W). The network sees each with its mirror image. Each map is
+    resized to ``size``, bilinear, mirrored back, summed, and divided by its maximum. Returns
+    float32 len(classes) x H x W. (Absent classes' maps would be zero: they are left out.)
     """
     total = torch.zeros(len(classes), *size, device=scaled[0].device)
     if not classes:
         return total
-    for pair in scaled:
-        cams = net.forward_cam(pair)[:, list(classes)].float()
+    for image in scaled:
+        # Mirrored here, not in the loader: less to move between processes and to the device.
+        cams = net.forward_cam(torch.stack([image, image.flip(-1)]))[:, list(classes)].float()
         cams = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
         total += cams[0] + cams[1].flip(-1)
     return total / (total.amax(dim=(1, 2), keepdim=True) + EPSILON)

@@ -6,7 +6,6 @@ single pixels on the edge between two labels, where one bit of the scores moves 
 result by more. The parameters are the released code's.
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tool.errors import UsageError
 from tool.lattice import GaussianFilter
 from tool.random_walk import background_map
 
@@ -35,27 +33,6 @@ def background_and_maps(maps: np.ndarray, alpha: float) -> np.ndarray:
     return torch.cat([background_map(maps, alpha)[None], maps]).numpy()
 
 
-def add_backend_argument(parser: argparse.ArgumentParser) -> None:
-    """``--crf_backend`` of a program that runs CRFs; ``choose_backend`` takes it."""
-    parser.add_argument(
-        "--crf_backend",
-        choices=("auto", *BACKENDS),
-        default="auto",
-        help="what computes the dense CRF; both give the same, auto takes torch, the faster one",
-    )
-
-
-def choose_backend(name: str) -> str:
-    """The backend that ``--crf_backend`` names; ``auto`` takes torch.
-
-    (It was the faster one with any number of threads and labels: ``python3 -m tool.bench crf``.)
-    Raises UsageError for pydensecrf where it is not installed.
-    """
-    if name == "pydensecrf":
-        _pydensecrf()
-    return "torch" if name == "auto" else name
-
-
 def dense_crf(
     image: np.ndarray,
     score_sets: Sequence[np.ndarray],
@@ -74,7 +51,7 @@ def dense_crf(
     same number of labels). The unary term is -log of the score; sxy are pixels, srgb gray levels,
     compat weights of the Potts terms; kernels are diagonal with symmetric normalization.
     ``device`` is the torch backend's. Returns float32 arrays of the sets' shapes, which sum to one
-    over the labels. Raises UsageError where the backend is not installed.
+    over the labels. Raises ImportError where the backend is not installed.
     """
     height, width = image.shape[:2]
     labels = {scores.shape[0] for scores in score_sets}
@@ -196,11 +173,6 @@ def _pydensecrf_inference(
 
 
 def _pydensecrf():
-    try:
-        import pydensecrf.densecrf
-    except ImportError as error:
-        raise UsageError(
-            "--crf_backend pydensecrf: the module is not installed; pip install pydensecrf2 (needs "
-            "g++ and Python 3.10 to 3.12), or take --crf_backend torch, which gives the same."
-        ) from error
+    import pydensecrf.densecrf  # optional, see requirements.txt
+
     return pydensecrf.densecrf

@@ -10,82 +10,35 @@ place (see ``maps_file``).
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
-import errno
-import glob
 import math
 import mmap
 import os
 import re
-import secrets
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tool.errors import DataError, reason
+from tool.files import atomic_write
+from tool.labels import VOID, voc_palette
 from tool.pickles import Budget, Constructor, ForbiddenError, Pending, map_file, read_pickle
+from tool.run.errors import DataError, reason
 
-NUM_PALETTE_COLOURS = 256
-# Where a file grows until it is complete, from its name and a random word.
-TEMPORARY_NAME = ".{}.{}.tmp"
 # The forms of maps, by file name ending.
 MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
 # Bytes of an array's header in an .npz file; NumPy writes 128.
 MAX_HEADER_BYTES = 4096
 # What photographs and masks come in. Pillow knows more, but for some starts other programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
-# The label of pixels that count for nothing, in every index image (VOC's "void").
-VOID = 255
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that appears under ``path`` complete, when the block ends without an error.
-
-    The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
-    so no reader ever sees half a file and an older file stays whole until then. Missing folders
-    are created. Raises OSError as ``open`` does, always with a path.
-    """
-    path = Path(path)
-    make_folder(path.parent)
-    temporary = path.with_name(TEMPORARY_NAME.format(path.name, secrets.token_hex(4)))
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, with those above it; raises OSError, which names a file in the way."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        in_the_way = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
-        text = "is a file where a folder should be; name another folder"
-        raise NotADirectoryError(errno.ENOTDIR, text, str(in_the_way)) from error
-
-
-def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what an ``atomic_write`` to that path left behind because its process was killed.
-
-    Nobody may be writing there at the time.
-    """
-    path = Path(path)
-    for leftover in path.parent.glob(TEMPORARY_NAME.format(glob.escape(path.name), "*")):
-        leftover.unlink()
+# How far scores may be from 0..1, and CRF scores from summing to one.
+PROBABILITY_TOLERANCE = 1e-3
+# Share of background by which the high alpha's scores must exceed the low one's to be told apart.
+SWAPPED_MARGIN = 0.02
 
 
 def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:
@@ -256,6 +209,64 @@ def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndar
     return np.array([*maps.values()], np.float32).reshape(len(maps), *size)
 
 
+def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
+    """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
+
+    Raises DataError as ``load_maps`` does, for values that are no probabilities, and where the two
+    do not belong together.
+    """
+    low_path, high_path = maps_file(low_path), maps_file(high_path)
+    low, high = load_maps(low_path, size), load_maps(high_path, size)
+    for path, scores in ((low_path, low), (high_path, high)):
+        require_scores(path, scores)
+    if low.keys() != high.keys() or 0 not in low:
+        raise DataError(
+            f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
+            f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
+        )
+    # A lower alpha means more background, whatever the image.
+    if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
+        raise DataError(
+            f"{low_path}: has less background than {high_path}, so the folders are swapped; "
+            "--la_crf_dir (--la) is what infer_cls.py wrote to --out_la_crf."
+        )
+    return low, high
+
+
+def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
+    """Class activation maps {class: float32 H x W} of an image of the given (H, W).
+
+    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
+    further, or a class that the class list does not have.
+    """
+    path = maps_file(path)
+    maps = load_maps(path, size)
+    # A single map of ones is the background of an image without objects, or a class all over it.
+    several = 0 in maps and len(maps) > 1
+    if several and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
+        raise DataError(
+            f"{path}: holds CRF scores (they sum to one, background first), not class activation "
+            "maps; name the folder that infer_cls.py wrote to --out_cam."
+        )
+    if maps and max(maps) >= num_classes:
+        raise DataError(
+            f"{path}: has a map of class {max(maps)}, but there are {num_classes} classes "
+            "(counted from 0); see --classes."
+        )
+    return maps
+
+
+def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> None:
+    """Raise DataError if a map of this file has values that are not in 0..1."""
+    for key, values in maps.items():
+        low, high = values.min(), values.max()
+        if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
+            raise DataError(
+                f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
+                "are in 0..1; make the maps again with infer_cls.py."
+            )
+
+
 def _class_index_or_refuse(path: str | os.PathLike):
     def class_index(key: Any) -> int:
         if isinstance(key, bool) or not isinstance(key, int | np.integer) or key < 0:
@@ -263,21 +274,6 @@ def _class_index_or_refuse(path: str | os.PathLike):
         return int(key)
 
     return class_index
-
-
-def voc_palette() -> list[int]:
-    """PASCAL VOC's 256 colours as a flat list R, G, B, R, G, B, ...
-
-    Bits 0, 3, 6, ... of an index are red's bits from the highest down; 1, 4, 7, ... are green's;
-    2, 5, 8, ... are blue's (the VOC development kit's colour map).
-    """
-    index = np.arange(NUM_PALETTE_COLOURS)
-    palette = np.zeros((NUM_PALETTE_COLOURS, 3), np.uint8)
-    for place in range(8):
-        for channel in range(3):
-            bit = (index >> (3 * place + channel)) & 1
-            palette[:, channel] |= (bit << (7 - place)).astype(np.uint8)
-    return palette.ravel().tolist()
 
 
 def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tool.maps import VOID
+from tool.labels import VOID
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_labels: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tool.errors import printable
+from tool.run.errors import printable
 
 # Bytes that reading may take beyond the file's own size; operations in one pickle; values that
 # wait on its stack (pickles are written in portions of 1,000).

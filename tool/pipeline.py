@@ -31,9 +31,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tool import cli
-from tool.errors import DataError, UsageError
-from tool.maps import atomic_write
+from tool.files import atomic_write
+from tool.run import cli
+from tool.run.errors import DataError, UsageError
 from tool.steps import History, Step, Word
 from tool.tables import PUBLISHED, SPLIT_RULES, comparison, markdown
 

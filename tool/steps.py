@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tool.errors import DataError
-from tool.maps import atomic_write
+from tool.files import atomic_write
+from tool.run.errors import DataError
 
 Word = str | Path | int | float
 

@@ -115,8 +115,3 @@ def crop_to_canvas(array: np.ndarray, box: tuple, crop_size: int) -> np.ndarray:
 def to_chw(array: np.ndarray) -> np.ndarray:
     """H x W x C -> C x H x W, contiguous."""
     return np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def mirrored_pair(array: np.ndarray) -> np.ndarray:
-    """H x W x C -> 2 x C x H x W, the image and its mirror image."""
-    return np.stack([to_chw(array), to_chw(flip(array))])

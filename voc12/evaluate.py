@@ -35,18 +35,19 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from tool import cli, metrics
+from tool import metrics
 from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
-from tool.crf import add_backend_argument, background_and_maps, choose_backend, dense_crf
-from tool.errors import DataError, UsageError
-from tool.loading import load
-from tool.maps import atomic_write, load_index_png, maps_file, stack_maps
-from voc12.data import (
+from tool.crf import background_and_maps, dense_crf
+from tool.files import atomic_write
+from tool.labels import index_image
+from tool.maps import load_cams, load_index_png, maps_file, stack_maps
+from tool.run import cli
+from tool.run.errors import DataError, UsageError
+from tool.run.loading import load
+from voc12.devkit import (
     BACKGROUND,
     Devkit,
     add_devkit_arguments,
-    index_image,
-    load_cams,
     open_devkit,
     read_ids,
     require_files,
@@ -87,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="score --cam after the dense CRF, whose input are the maps and the background that "
         "--bg or --alpha gives (about a third of a second an image and core)",
     )
-    add_backend_argument(parser)
+    cli.add_crf_argument(parser)
     add(
         "--allow_missing",
         action="store_true",
@@ -405,7 +406,7 @@ def counter(args: argparse.Namespace, scorer: Scorer) -> Callable[[str], np.ndar
     """What counts an image for a plain evaluation."""
     if args.pred:
         return scorer.count_labels
-    crf_backend = choose_backend(args.crf_backend) if args.crf else None
+    crf_backend = args.crf_backend if args.crf else None
     return functools.partial(
         scorer.count_maps, background=background_of(args), crf_backend=crf_backend
     )

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tool import cli
-from tool.errors import DataError
-from tool.maps import load_index_png, make_folder, open_image, save_index_png
-from voc12.data import (
+from tool.files import make_folder
+from tool.maps import load_index_png, open_image, save_index_png
+from tool.run import cli
+from tool.run.errors import DataError
+from voc12.devkit import (
     Devkit,
     add_devkit_arguments,
     load_label,

@@ -15,17 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tool import cli
-from tool.errors import DataError
-from tool.maps import atomic_write, save_npy_dict
-from voc12.data import (
-    Devkit,
-    add_devkit_arguments,
-    list_line,
-    open_devkit,
-    read_ids,
-    require_ids,
-)
+from tool.files import atomic_write
+from tool.maps import save_npy_dict
+from tool.run import cli
+from tool.run.errors import DataError
+from voc12.devkit import Devkit, add_devkit_arguments, list_line, open_devkit, read_ids, require_ids
 
 SPLITS = ("train", "val", "test")
 AUGMENTED = "train_aug"

@@ -22,10 +22,12 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageFilter
 
-from tool import cli
-from tool.errors import DataError, UsageError
-from tool.maps import VOID, atomic_write, save_index_png
-from voc12.data import VOC_CLASSES
+from tool.files import atomic_write
+from tool.labels import VOID
+from tool.maps import save_index_png
+from tool.run import cli
+from tool.run.errors import DataError, UsageError
+from voc12.devkit import VOC_CLASSES
 
 MIN_IMAGES = 2  # one to train on, one to validate on
 MIN_SIZE = 64  # below, a head is a few pixels

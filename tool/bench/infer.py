@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tool import cli, transforms
+from tool import transforms
 from tool.affinity import pair_affinity
-from tool.bench_step import has_switches, photograph, print_table, without_switches
+from tool.bench.step import has_switches, photograph, print_table, without_switches
 from tool.cam import multi_scale_cam
 from tool.crf import background_and_maps, dense_crf
-from tool.distributed import autocast, place, set_rounding, wait_for
 from tool.maps import MAP_FORMATS, save_index_png, save_maps
 from tool.random_walk import (
     pad_to_multiple,
@@ -26,6 +25,8 @@ from tool.random_walk import (
     upsample_scores,
     walk_seeds,
 )
+from tool.run import cli
+from tool.run.devices import autocast, configure_backends, to_device, wait_for
 
 # The method's: scales and CRF alphas of stage 2; alpha, beta and log of the steps of stage 4.
 SCALES, CRF_ALPHAS = (1, 0.5, 1.5, 2), (4, 32)
@@ -78,12 +79,12 @@ def infer(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
 
 def time_images(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], Tensor]:
     """Seconds of an image and its parts, on CUDA peak memory in MB; and the network's result."""
-    set_rounding(device, args, fixed_size=False)
+    configure_backends(device, args, fixed_size=False)
     torch.manual_seed(args.seed)
     stage, method = stage_2, "forward_cam"
     if hasattr(args.network.Net, "forward_features"):
         stage, method = stage_4, "forward_features"
-    net = place(args.network.Net(), device, args, method).eval()
+    net = to_device(args.network.Net(), device, args, method).eval()
     if stage is stage_2:
         with torch.no_grad():
             net.fc8.weight.abs_()  # with signs at random, nothing would be seen of most classes
@@ -115,7 +116,7 @@ def stage_2(
     scaled = []
     for scale in SCALES:
         array = net.normalize(np.asarray(transforms.rescale(image, scale)))
-        scaled.append(torch.from_numpy(transforms.mirrored_pair(array)).to(device))
+        scaled.append(torch.from_numpy(transforms.to_chw(array)).to(device))
     yield None
     with autocast(device, args.amp):
         cam = multi_scale_cam(net, scaled, (args.height, args.width), range(args.maps))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tool.errors import DataError, UsageError
+from tool.run.errors import DataError, UsageError
 
 DEVICE_TYPES = ("cpu", "cuda")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -74,7 +74,7 @@ def _device_of_local_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
-def set_rounding(device: torch.device, args: Any, fixed_size: bool = True) -> None:
+def configure_backends(device: torch.device, args: Any, fixed_size: bool = True) -> None:
     """Carry out ``--tf32`` and check ``--amp``; let cuDNN look for the fastest algorithms.
 
     That search is for inputs of one ``fixed_size``: it would be made again for each new one.
@@ -90,7 +90,9 @@ def set_rounding(device: torch.device, args: Any, fixed_size: bool = True) -> No
     torch.backends.cudnn.benchmark = fixed_size
 
 
-def place(net: nn.Module, device: torch.device, args: Any, method: str | None = None) -> nn.Module:
+def to_device(
+    net: nn.Module, device: torch.device, args: Any, method: str | None = None
+) -> nn.Module:
     """The network on its device, compiled with ``--compile``: as a whole, or one ``method``.
 
     ``method`` is what inference calls; None: the network is trained.
@@ -212,13 +214,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
+def print_main(text: str) -> None:
     """Print, in one process of all."""
     if is_main():
         print(text, flush=True)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """This rank's part of a sequence: neighbours stay together, lengths differ by one at most."""
     first, last = (len(items) * r // world_size() for r in (rank(), rank() + 1))
     return items[first:last]

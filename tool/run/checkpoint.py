@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tool.distributed import gather
-from tool.errors import DataError
-from tool.pytorch import load_tensors, save_tensors
+from tool.run.devices import gather
+from tool.run.errors import DataError
+from tool.weights.pytorch import load_tensors, save_tensors
 
 FORMAT = "AffinityNet training, 1"
 # Flags that say where and how a training runs, not what comes of it.

@@ -15,10 +15,10 @@ AffinityNet learns from (black where they are ignored), the random walk's label,
 import argparse
 from pathlib import Path
 
-from tool import cli
-from tool.errors import DataError, UsageError
-from tool.maps import atomic_write
-from voc12.data import add_devkit_arguments, open_devkit, read_ids
+from tool.files import atomic_write
+from tool.run import cli
+from tool.run.errors import DataError, UsageError
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids
 
 # How many images are shown where the command line does not say.
 PAGE_IMAGES, SHEET_IMAGES = 60, 6
@@ -53,7 +53,9 @@ def main(args: argparse.Namespace) -> None:
     if suffix not in (".html", ".png"):
         raise UsageError(f"--out {args.out}: must end in .html or .png.")
     try:
-        from voc12 import report_data, report_page, report_sheet
+        from voc12.report import data as report_data
+        from voc12.report import page as report_page
+        from voc12.report import sheet as report_sheet
     except ImportError as error:
         raise DataError(
             f"the report needs {error.name}: pip install -r requirements.txt."

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from tool.distributed import is_main, world_size
-from tool.errors import UsageError
-from tool.maps import make_folder
+from tool.files import make_folder
+from tool.run.devices import is_main, world_size
+from tool.run.errors import UsageError
 
 # Whose versions, besides PyTorch's, can change a training's numbers.
 PACKAGES = ("torchvision", "numpy", "pillow")

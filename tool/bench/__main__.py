@@ -33,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tool import cli
 from tool.affinity import pair_affinity, pair_indices, pair_offsets, source_grid
-from tool.bench_infer import add_infer_arguments, infer
-from tool.bench_step import add_step_arguments, step
-from tool.crf import background_and_maps, choose_backend, dense_crf
-from tool.distributed import choose_device, wait_for
-from tool.maps import atomic_write
+from tool.bench.infer import add_infer_arguments, infer
+from tool.bench.step import add_step_arguments, step
+from tool.crf import background_and_maps, dense_crf
+from tool.files import atomic_write
 from tool.random_walk import propagate, transition_matrix
+from tool.run import cli
+from tool.run.devices import choose_device, wait_for
 
 # The released code's radius, exponent of the affinities, number of squarings, and exponents of the
 # background.
@@ -203,7 +203,6 @@ def crf(args: argparse.Namespace, device: torch.device) -> Contest:
         results = dense_crf(image, score_sets, backend=backend, device=device)
         return [torch.from_numpy(result) for result in results]
 
-    choose_backend("pydensecrf")
     return Contest(lambda: probabilities("pydensecrf"), lambda: probabilities("torch"))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tool.maps import atomic_write, voc_palette
+from tool.files import atomic_write
+from tool.labels import voc_palette
 
 PANEL_WIDTH = 240  # pixels of a panel; its height follows from the image,
 MAX_PANEL_HEIGHT = 720  # up to this: a narrow image is shown wider than it is

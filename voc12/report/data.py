@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tool import cli
 from tool.cam import BACKGROUND_SCORE, fixed_background_label
-from tool.errors import DataError
-from tool.maps import VOID, stack_maps
+from tool.labels import VOID, index_image
+from tool.maps import load_cams, load_crf_scores, stack_maps
 from tool.metrics import confusion_matrix, intersection_over_union
-from voc12.data import Devkit, index_image, load_cams, load_crf_scores, load_label, require_files
+from tool.run import cli
+from tool.run.errors import DataError
+from voc12.devkit import Devkit, load_label, require_files
 from voc12.evaluate import SWEEPS, Scorer, sweep, sweep_figures
-from voc12.report_pictures import confident_label
-from voc12.report_plots import Curve
+from voc12.report.pictures import confident_label
+from voc12.report.plots import Curve
 
 CAM, WALK = "CAM", "random walk"
 # Columns of a training log that are no losses.

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tool import cli, transforms
+from tool import transforms
 from tool.affinity import affinity_label, affinity_loss, pair_labels
-from tool.distributed import autocast, place, set_rounding, wait_for
-from tool.loading import load
-from tool.training import build_optimizer, check_crop_size
+from tool.run import cli
+from tool.run.devices import autocast, configure_backends, to_device, wait_for
+from tool.run.loading import load
+from tool.run.training import build_optimizer, check_crop_size
 
 PARTS = ("loading", "forward", "backward", "optimizer")
 # Height and width of most photographs in VOC, and of the blocks of colour and score in ours.
@@ -105,9 +106,9 @@ def without_switches(args: argparse.Namespace) -> argparse.Namespace:
 
 def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds of a step and of its parts, images a second, and on CUDA the peak memory in MB."""
-    set_rounding(device, args)
+    configure_backends(device, args)
     torch.manual_seed(args.seed)
-    net = place(args.network.Net(), device, args)
+    net = to_device(args.network.Net(), device, args)
     stride = None
     if hasattr(net, "forward_features"):
         stride = net.stride

@@ -13,28 +13,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tool import cli
 from tool.affinity import source_grid
-from tool.checkpoint import find_checkpoint, read_checkpoint, settings_of, write_checkpoint
-from tool.distributed import (
+from tool.files import remove_leftovers
+from tool.run import cli
+from tool.run.checkpoint import find_checkpoint, read_checkpoint, settings_of, write_checkpoint
+from tool.run.devices import (
     StopSignals,
     data_parallel,
     gather,
     is_main,
-    place,
     random_states,
     rank,
     restore_random_states,
     seed_rank,
-    share,
+    shard,
     sum_over_ranks,
+    to_device,
     world_size,
 )
-from tool.errors import DataError, Interrupted, UsageError
-from tool.loading import shuffled
-from tool.maps import remove_leftovers
-from tool.pytorch import save_tensors
-from tool.records import Records, describe_run
+from tool.run.errors import DataError, Interrupted, UsageError
+from tool.run.loading import shuffled
+from tool.run.records import Records, describe_run
+from tool.weights.pytorch import save_tensors
 
 # Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
 # times this, and whether they decay (released code).
@@ -202,7 +202,7 @@ def remaining_batches(schedule: Schedule, seed: int, step: int) -> Iterator[list
         for batch in range(max(0, first), schedule.steps_per_epoch):
             start = batch * schedule.batch_size
             indices = order[start : start + schedule.batch_size]
-            yield [(epoch, index) for index in share(indices)]
+            yield [(epoch, index) for index in shard(indices)]
 
 
 @dataclass
@@ -239,7 +239,7 @@ class Training:
         self.session = session_name(args)
         self.checkpoint = Path(f"{self.session}.ckpt")
         self.settings = settings_of(args, contents)
-        place(net, device, args)
+        to_device(net, device, args)
         self.optimizer = build_optimizer(net, args.lr, args.wt_dec, args.momentum)
         # float16 has so small a range that gradients must be scaled; otherwise this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

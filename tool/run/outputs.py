@@ -14,9 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tool.checkpoint import differences, digest
-from tool.errors import UsageError
-from tool.maps import MAP_FORMATS, TEMPORARY_NAME, atomic_write
+from tool.files import TEMPORARY_NAME, atomic_write
+from tool.maps import MAP_FORMATS
+from tool.run.checkpoint import differences, digest
+from tool.run.errors import UsageError
 
 # A folder may hold files of both kinds, each with a record of its own.
 KINDS = {"maps": tuple(MAP_FORMATS.values()), "pictures": (".png", ".gif")}

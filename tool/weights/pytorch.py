@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from tool.errors import DataError, reason
-from tool.maps import atomic_write
+from tool.files import atomic_write
 from tool.pickles import ENTRY_BYTES, Budget, Constructor, ForbiddenError, map_file, read_pickle
+from tool.run.errors import DataError, reason
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tool import cli, outputs
-from tool.checkpoint import digest
-from tool.distributed import StopSignals, gather, is_main, say, share, world_size
-from tool.errors import DataError, Interrupted, loader_death
-from tool.outputs import OutputFolder
+from tool.run import cli, outputs
+from tool.run.checkpoint import digest
+from tool.run.devices import StopSignals, gather, is_main, print_main, shard, world_size
+from tool.run.errors import DataError, Interrupted, loader_death
+from tool.run.outputs import OutputFolder
 from tool.weights import FRESH
 
 # Processes meet at the start and at the end, when the fastest may wait long for the slowest.
@@ -56,7 +56,7 @@ class Run:
         self.name, self.args, self.folders, self.stop = name, args, folders, stop
         self.all_ids = list(dict.fromkeys(ids))
         self.todo: list[str] = gather(self._plan() if is_main() else [])[0]
-        self.ids = share(self.todo)
+        self.ids = shard(self.todo)
         self._bad: dict[str, str] = {}
         self._error: DataError | None = None
         self._stopped = False
@@ -68,7 +68,7 @@ class Run:
         if len(todo) < len(self.all_ids) or world_size() > 1:
             complete = len(self.all_ids) - len(todo)
             shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
-            say(
+            print_main(
                 f"{complete} of {len(self.all_ids)} images were complete; {len(todo)} to do{shared}"
             )
         return todo

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tool.errors import DataError, loader_death
+from tool.run.errors import DataError, loader_death
 
 # Linux can; macOS and Windows cannot.
 CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")
@@ -40,17 +40,6 @@ class _ReportingCollate:
         return self.collate(samples)
 
 
-class _AnyEpoch(Dataset):
-    """Takes (epoch, index): processes that have an old copy of a dataset must be told its epoch."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        self.dataset.epoch, index = key
-        return self.dataset[index]
-
-
 def load(
     dataset: Dataset,
     order: Sequence[int],
@@ -77,12 +66,12 @@ def load_each(dataset: Dataset, num_workers: int) -> Iterator[Any]:
 def load_epochs(
     dataset: Dataset, batches: Iterable[Sequence[tuple[int, int]]], num_workers: int
 ) -> Iterator[Any]:
-    """As ``load``, over several epochs: batches are lists of (epoch, index).
+    """As ``load``, over several epochs: batches are lists of (epoch, index), a sample's key.
 
-    The dataset's ``epoch`` is set before each sample. The processes stay from the first batch to
+    The processes stay from the first batch to
     the last, and fetch the next epoch's batches while the program is busy between two epochs.
     """
-    return _raising(_load(_AnyEpoch(dataset), batches, num_workers, default_collate))
+    return _raising(_load(dataset, batches, num_workers, default_collate))
 
 
 def _raising(batches: Iterator) -> Iterator:

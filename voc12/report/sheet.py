@@ -7,8 +7,8 @@ from functools import reduce
 import numpy as np
 from matplotlib.figure import Figure
 
-from voc12.report_data import Outputs
-from voc12.report_pictures import Layer, class_colours, heat_layer, label_layer, laid_over
+from voc12.report.data import Outputs
+from voc12.report.pictures import Layer, class_colours, heat_layer, label_layer, laid_over
 
 INCHES, DOTS_PER_INCH = 2.2, 90  # of a panel
 

@@ -1,4 +1,4 @@
-"""Everything that knows a devkit's folders: ids, classes, labels, images, masks, data sets.
+"""A devkit's folders: ids, classes, image-level labels, photographs, masks.
 
 A devkit is a folder with ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png``,
 ``Annotations/<id>.xml`` and ``ImageSets/Segmentation/*.txt``. EXIF orientation is not applied, in
@@ -8,45 +8,26 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
 
 import defusedxml.ElementTree
 import numpy as np
-import torch
 from defusedxml.common import DefusedXmlException
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from tool import transforms
-from tool.affinity import affinity_label
-from tool.errors import DataError, UsageError
-from tool.maps import (
-    VOID,
-    load_index_png,
-    load_maps,
-    load_npy_dict,
-    maps_file,
-    open_image,
-    stack_maps,
-)
-from tool.memory import MemoryLimit
+from tool.labels import VOID
+from tool.maps import load_index_png, load_npy_dict, maps_file, open_image
+from tool.run.errors import DataError, UsageError
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
-
 BACKGROUND = "background"
 LABEL_FILE = "voc12/cls_labels.npy"
-# How far scores may be from 0..1, and CRF scores from summing to one.
-PROBABILITY_TOLERANCE = 1e-3
-# Share of background by which the high alpha's scores must exceed the low one's to be told apart.
-SWAPPED_MARGIN = 0.02
 # How many of the missing files an error names.
 NAMED_MISSING = 4
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -59,8 +40,6 @@ INPUT_FOLDERS = (
     *("JPEGImages", "Annotations", "ImageSets"),
     *("SegmentationClass", "SegmentationClassAug", "SegmentationObject"),
 )
-
-Normalize = Callable[[np.ndarray], np.ndarray]
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
@@ -307,269 +286,6 @@ class Devkit:
         return label
 
 
-class _ImageSet(Dataset):
-    """A list of images of a devkit, normalized for one network."""
-
-    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize):
-        self.devkit = devkit
-        self.ids = list(ids)
-        self.normalize = normalize
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _normalized(self, image: Image.Image) -> np.ndarray:
-        return self.normalize(np.asarray(image))
-
-
-class _TrainingSet(_ImageSet):
-    """Augmented square crops; set ``epoch`` before each epoch.
-
-    An image's augmentation derives from (seed, epoch, id) and nothing else.
-    """
-
-    def __init__(
-        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, crop_size: int, seed: int
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.crop_size = crop_size
-        self.seed = seed
-        self.epoch = 0
-
-    def _rng(self, image_id: str) -> np.random.Generator:
-        return transforms.sample_rng(self.seed, self.epoch, image_id)
-
-
-class ClassifierTrainingSet(_TrainingSet):
-    """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes])."""
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        crop_size: int,
-        resize_long: tuple[int, int],
-        seed: int,
-    ):
-        super().__init__(devkit, ids, normalize, crop_size, seed)
-        self.resize_long = resize_long
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image_id = self.ids[index]
-        rng = self._rng(image_id)
-        image = self.devkit.load_image(image_id)
-        image = transforms.random_resize_long_side(image, *self.resize_long, rng)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = transforms.colour_jitter(image, rng)
-        # Cropped after normalization: what lies beyond the image is zero, the mean colour.
-        array = self._normalized(image)
-        box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
-        array = transforms.crop_to_canvas(array, box, self.crop_size)
-        label = self.devkit.image_label(image_id)
-        return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
-
-
-class ClassifierValidationSet(_ImageSet):
-    """Centre crops with labels: (float32 3 x crop x crop, float32 [classes])."""
-
-    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, crop_size: int):
-        super().__init__(devkit, ids, normalize)
-        self.crop_size = crop_size
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        array = self._normalized(self.devkit.load_image(self.ids[index]))
-        box = transforms.centre_box(*array.shape[:2], self.crop_size)
-        array = transforms.crop_to_canvas(array, box, self.crop_size)
-        label = self.devkit.image_label(self.ids[index])
-        return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
-
-
-class _WholeImageSet(_ImageSet):
-    """Images as large as they are; a sample raises DataError where one is beyond ``limit``."""
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        limit: MemoryLimit | None,
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.limit = limit
-
-    def _load_image(self, image_id: str) -> Image.Image:
-        image = self.devkit.load_image(image_id)
-        if self.limit is not None:
-            self.limit.require(image_id, (image.height, image.width))
-        return image
-
-
-class MultiScaleSample(NamedTuple):
-    """One image for multi-scale inference."""
-
-    image_id: str
-    image: np.ndarray  # uint8 H x W x 3 RGB
-    label: np.ndarray  # float32 [classes]
-    scaled: list[Tensor]  # a scale each: float32 2 x 3 x h x w, the image and its mirror image
-
-
-class MultiScaleSet(_WholeImageSet):
-    """Whole images at several scales, each with its mirror image: ``MultiScaleSample``."""
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        scales: Sequence[float],
-        limit: MemoryLimit | None = None,
-    ):
-        super().__init__(devkit, ids, normalize, limit)
-        self.scales = tuple(scales)
-
-    def __getitem__(self, index: int) -> MultiScaleSample:
-        image_id = self.ids[index]
-        image = self._load_image(image_id)
-        scaled = []
-        for scale in self.scales:
-            array = self._normalized(transforms.rescale(image, scale))
-            scaled.append(torch.from_numpy(transforms.mirrored_pair(array)))
-        label = self.devkit.image_label(image_id)
-        return MultiScaleSample(image_id, np.array(image), label, scaled)
-
-
-class AffinityTrainingSet(_TrainingSet):
-    """Augmented square crops with confident labels of their cells.
-
-    Gives (float32 3 x crop x crop, uint8 crop/stride x crop/stride): local class indices, 255 void.
-    ``low_alpha_dir`` and ``high_alpha_dir`` hold the CRF scores of stage 2.
-    """
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        low_alpha_dir: str | os.PathLike,
-        high_alpha_dir: str | os.PathLike,
-        crop_size: int,
-        stride: int,
-        seed: int,
-    ):
-        super().__init__(devkit, ids, normalize, crop_size, seed)
-        self.low_alpha_dir = Path(low_alpha_dir)
-        self.high_alpha_dir = Path(high_alpha_dir)
-        self.stride = stride
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image_id = self.ids[index]
-        rng = self._rng(image_id)
-        image = self.devkit.load_image(image_id)
-        scores = self._load_scores(image_id, (image.height, image.width))
-        # Cropped before normalization: what lies beyond the image is black.
-        array = np.asarray(transforms.colour_jitter(image, rng))
-        box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
-        array = self.normalize(transforms.crop_to_canvas(array, box, self.crop_size))
-        scores = transforms.crop_to_canvas(scores, box, self.crop_size)
-        if rng.random() < 0.5:
-            array, scores = transforms.flip(array), transforms.flip(scores)
-        low, high = torch.from_numpy(transforms.to_chw(scores)).chunk(2)
-        label = affinity_label(low, high, self.stride)
-        return torch.from_numpy(transforms.to_chw(array)), label
-
-    def _load_scores(self, image_id: str, size: tuple[int, int]) -> np.ndarray:
-        """float32 H x W x 2(K + 1): low-alpha scores, then high-alpha scores, background first."""
-        paths = (folder / f"{image_id}.npy" for folder in (self.low_alpha_dir, self.high_alpha_dir))
-        low, high = load_crf_scores(*paths, size)
-        return np.stack([*low.values(), *high.values()], axis=-1)
-
-
-def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
-    """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
-
-    Raises DataError as ``load_maps`` does, for values that are no probabilities, and where the two
-    do not belong together.
-    """
-    low_path, high_path = maps_file(low_path), maps_file(high_path)
-    low, high = load_maps(low_path, size), load_maps(high_path, size)
-    for path, scores in ((low_path, low), (high_path, high)):
-        require_scores(path, scores)
-    if low.keys() != high.keys() or 0 not in low:
-        raise DataError(
-            f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
-            f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
-        )
-    # A lower alpha means more background, whatever the image.
-    if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
-        raise DataError(
-            f"{low_path}: has less background than {high_path}, so the folders are swapped; "
-            "--la_crf_dir (--la) is what infer_cls.py wrote to --out_la_crf."
-        )
-    return low, high
-
-
-class AffinitySample(NamedTuple):
-    """One image for the random walk."""
-
-    image_id: str
-    photograph: np.ndarray  # uint8 H x W x 3 RGB
-    image: Tensor  # float32 3 x H x W, normalized
-    classes: list[int]  # those present
-    maps: Tensor  # float32 classes x H x W
-
-
-class AffinityInferenceSet(_WholeImageSet):
-    """Whole images with the class maps of stage 2: ``AffinitySample``."""
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        cam_dir: str | os.PathLike,
-        limit: MemoryLimit | None = None,
-    ):
-        super().__init__(devkit, ids, normalize, limit)
-        self.cam_dir = Path(cam_dir)
-
-    def __getitem__(self, index: int) -> AffinitySample:
-        image_id = self.ids[index]
-        image = self._load_image(image_id)
-        path = maps_file(self.cam_dir / f"{image_id}.npy")
-        maps = load_cams(path, (image.height, image.width), len(self.devkit.class_names))
-        require_scores(path, maps)
-        stacked = torch.from_numpy(stack_maps(maps, (image.height, image.width)))
-        array = transforms.to_chw(self._normalized(image))
-        return AffinitySample(
-            image_id, np.array(image), torch.from_numpy(array), list(maps), stacked
-        )
-
-
-def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
-    """Class activation maps {class: float32 H x W} of an image of the given (H, W).
-
-    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
-    further, or a class that the class list does not have.
-    """
-    path = maps_file(path)
-    maps = load_maps(path, size)
-    # A single map of ones is the background of an image without objects, or a class all over it.
-    several = 0 in maps and len(maps) > 1
-    if several and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
-        raise DataError(
-            f"{path}: holds CRF scores (they sum to one, background first), not class activation "
-            "maps; name the folder that infer_cls.py wrote to --out_cam."
-        )
-    if maps and max(maps) >= num_classes:
-        raise DataError(
-            f"{path}: has a map of class {max(maps)}, but there are {num_classes} classes "
-            "(counted from 0); see --classes."
-        )
-    return maps
-
-
 def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> np.ndarray:
     """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.
 
@@ -589,17 +305,6 @@ def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int)
     return label
 
 
-def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> None:
-    """Raise DataError if a map of this file has values that are not in 0..1."""
-    for key, values in maps.items():
-        low, high = values.min(), values.max()
-        if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
-            raise DataError(
-                f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
-                "are in 0..1; make the maps again with infer_cls.py."
-            )
-
-
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
     """Raise DataError if ``<folder>/<id><suffix>`` is missing for an id.
 
@@ -613,8 +318,3 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
             f"{missing[0]}: no such file ({len(missing)} of {len(ids)} are missing)"
             f"{', nor ' + others if others else ''}; {hint}."
         )
-
-
-def index_image(local_label: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """Local indices (0 background, k the k-th present class) -> uint8 labels (class + 1)."""
-    return np.array([0, *(k + 1 for k in classes)], np.uint8)[local_label]

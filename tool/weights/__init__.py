@@ -23,14 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tool import cli
-from tool.caffe import read_caffemodel
-from tool.cli import FRESH, IMAGENET
-from tool.errors import DataError, UsageError, printable, reason
-from tool.maps import atomic_write
-from tool.mxnet import LIST_MAGIC, read_params
+from tool.files import atomic_write
 from tool.pickles import map_file
-from tool.pytorch import ZIP_MAGIC, explained, load_tensors, save_tensors
+from tool.run import cli
+from tool.run.cli import FRESH, IMAGENET
+from tool.run.errors import DataError, UsageError, printable, reason
+from tool.weights.caffe import read_caffemodel
+from tool.weights.mxnet import LIST_MAGIC, read_params
+from tool.weights.pytorch import ZIP_MAGIC, explained, load_tensors, save_tensors
 
 # A tensor by which a network's weights are recognized, for messages.
 SIGNATURES = {

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from voc12.report_pictures import data_uri
+from voc12.report.pictures import data_uri
 
 # Okabe and Ito's colours, which everybody tells apart, those first that the page lets stand out.
 SERIES = {

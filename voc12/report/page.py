@@ -9,14 +9,14 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from tool import cli
 from tool.cam import BACKGROUND_SCORE
-from tool.maps import VOID
-from voc12 import report_plots as plots
-from voc12.data import BACKGROUND
+from tool.labels import VOID
+from tool.run import cli
+from voc12.devkit import BACKGROUND
 from voc12.evaluate import figures
-from voc12.report_data import CAM, WALK, Outputs, Scores, choose, read_log, score, sweep_cams
-from voc12.report_pictures import (
+from voc12.report import plots
+from voc12.report.data import CAM, WALK, Outputs, Scores, choose, read_log, score, sweep_cams
+from voc12.report.pictures import (
     DIFFERENCES,
     class_colours,
     difference_layer,

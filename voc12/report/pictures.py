@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from tool.affinity import affinity_label
-from tool.maps import VOID, stack_maps, voc_palette
-from voc12.data import index_image
+from tool.labels import VOID, index_image, voc_palette
+from tool.maps import stack_maps
 
 STRIDE = 8  # cells of the affinity labels, as in training
 HEAT_COLOURS = "inferno"  # of matplotlib; perceptually even, also without colour vision

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import math
 import os
 import pkgutil
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
-from tool.errors import DataError, Interrupted, UsageError, loader_death
+from tool.crf import BACKENDS
+from tool.run.errors import DataError, Interrupted, UsageError, loader_death
 
 # What --weights takes besides files: random numbers, and VGG-16's trained on ImageNet.
 WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
@@ -218,6 +220,26 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_run_arguments(parser)
     add_speed_arguments(parser)
+
+
+def add_crf_argument(parser: argparse.ArgumentParser) -> None:
+    """``--crf_backend`` of a program that runs the dense CRF."""
+    parser.add_argument(
+        "--crf_backend",
+        type=_crf_backend,
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="what computes the dense CRF; both give the same, torch is faster",
+    )
+
+
+def _crf_backend(name: str) -> str:
+    if name == "pydensecrf" and importlib.util.find_spec(name) is None:
+        raise argparse.ArgumentTypeError(
+            "the module pydensecrf is not installed: pip install pydensecrf2 (needs g++ and "
+            "Python 3.10 to 3.12), or take torch, which gives the same"
+        )
+    return name
 
 
 def add_radius_argument(parser: argparse.ArgumentParser) -> None:

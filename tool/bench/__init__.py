@@ -1,0 +1,1 @@
+"""Measurements, always beside a baseline; the only room that may import programs."""

@@ -1,0 +1,57 @@
+"""Files that appear complete or not at all."""
+
+import errno
+import glob
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+# Where a file grows until it is complete, from its name and a random word.
+TEMPORARY_NAME = ".{}.{}.tmp"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A binary file that appears under ``path`` complete, when the block ends without an error.
+
+    The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
+    so no reader ever sees half a file and an older file stays whole until then. Missing folders
+    are created. Raises OSError as ``open`` does, always with a path.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(TEMPORARY_NAME.format(path.name, secrets.token_hex(4)))
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it; raises OSError, which names a file in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        in_the_way = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        text = "is a file where a folder should be; name another folder"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(in_the_way)) from error
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what an ``atomic_write`` to that path left behind because its process was killed.
+
+    Nobody may be writing there at the time.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(TEMPORARY_NAME.format(glob.escape(path.name), "*")):
+        leftover.unlink()

@@ -1,0 +1,29 @@
+"""Index images: their values (0 background, k + 1 class k, 255 void) and VOC's colours."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# The label of pixels that count for nothing, in every index image (VOC's "void").
+VOID = 255
+NUM_PALETTE_COLOURS = 256
+
+
+def index_image(local_label: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Local indices (0 background, k the k-th present class) -> uint8 labels (class + 1)."""
+    return np.array([0, *(k + 1 for k in classes)], np.uint8)[local_label]
+
+
+def voc_palette() -> list[int]:
+    """PASCAL VOC's 256 colours as a flat list R, G, B, R, G, B, ...
+
+    Bits 0, 3, 6, ... of an index are red's bits from the highest down; 1, 4, 7, ... are green's;
+    2, 5, 8, ... are blue's (the VOC development kit's colour map).
+    """
+    index = np.arange(NUM_PALETTE_COLOURS)
+    palette = np.zeros((NUM_PALETTE_COLOURS, 3), np.uint8)
+    for place in range(8):
+        for channel in range(3):
+            bit = (index >> (3 * place + channel)) & 1
+            palette[:, channel] |= (bit << (7 - place)).astype(np.uint8)
+    return palette.ravel().tolist()

@@ -1,0 +1,1 @@
+"""What came out, on one page: tables, curves and pictures."""
