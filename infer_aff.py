@@ -9,12 +9,11 @@ Several GPUs of one machine, or of several that share the folders:
     torchrun --nproc_per_node=4 infer_aff.py --infer_list ...
 
 CAM is what infer_cls.py wrote to --out_cam. Writes an index image <id>.png into RW. Images that are
-there are skipped, so a command that was killed goes on when it is repeated.
+there are skipped, so a command that was killed continues when it is repeated.
 """
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -40,25 +39,26 @@ from tool.random_walk import (
 from tool.run import cli
 from tool.run.devices import (
     StopSignals,
+    Switches,
     autocast,
     choose_device,
     configure_backends,
     print_main,
     process_group,
-    seed_generators,
     to_device,
 )
 from tool.run.errors import UsageError
-from tool.run.inference import LONGEST_WAIT, Run, settings_of
+from tool.run.inference import LONGEST_WAIT, Run
 from tool.run.loading import load_each
-from tool.run.outputs import OutputFolder, maps_identity
+from tool.run.provenance import OutputFolder, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
 from voc12.datasets import AffinityInferenceSet, AffinitySample
-from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 from voc12.report.trace import save_trace
 
 # Walks of small grids leave a GPU waiting for launches; together they do not.
 WALKS_AT_A_TIME = {"cpu": 1, "cuda": 8}
+MAX_LOGT = 20  # a million steps
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -69,9 +69,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_devkit_arguments(parser, labels=False)
     add("--cam_dir", required=True, metavar="DIR", help="class activation maps of stage 2")
     add("--out_rw", required=True, metavar="DIR", help="folder for the labels, index images")
-    add("--alpha", type=cli.positive_float, default=16, help="background: (1 - max score)^alpha")
-    add("--beta", type=cli.positive_float, default=8, help="exponent of the affinities")
-    add("--logt", type=cli.walk_exponent, default=8, help="the walk takes 2^logt steps")
+    add(
+        "--alpha",
+        type=cli.number(float, 0, above=True),
+        default=16,
+        help="background: (1 - max score)^alpha",
+    )
+    add(
+        "--beta",
+        type=cli.number(float, 0, above=True),
+        default=8,
+        help="exponent of the affinities",
+    )
+    add("--logt", type=cli.number(int, 0, MAX_LOGT), default=8, help="the walk takes 2^logt steps")
     cli.add_radius_argument(parser)
     add(
         "--exact",
@@ -104,9 +114,11 @@ class Walk(NamedTuple):
     seeds: Tensor  # (classes + 1) x h x w, N = h * w
 
 
-def walk_of(
+@torch.no_grad()
+def make_walk(
     net: nn.Module, sample: AffinitySample, args: argparse.Namespace, device: torch.device
 ) -> Walk:
+    """The transition matrix of an image's affinities, and its maps with the background."""
     image = pad_to_multiple(sample.image.to(device, non_blocking=True), net.stride)
     height, width = (side // net.stride for side in image.shape[-2:])
     with autocast(device, args.amp):
@@ -136,34 +148,16 @@ def label_of(
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
 
-def groups(samples: Iterable[AffinitySample], size: int) -> Iterator[list[AffinitySample]]:
-    """The samples, ``size`` at a time."""
-    samples = iter(samples)
-    while group := list(islice(samples, size)):
-        yield group
-
-
-@torch.no_grad()
-def infer(
-    net: nn.Module,
-    dataset: AffinityInferenceSet,
-    args: argparse.Namespace,
-    device: torch.device,
-    run: Run,
-) -> None:
-    """Write the label of every image of the dataset, which are the run's."""
+def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace) -> None:
+    """Walk, and write each image's label and, where asked for, the pictures of its walk."""
+    seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
     tolerance = 0 if args.exact else TOLERANCE
-    crf_backend = args.crf_backend if args.crf else None
-    samples = run.each(load_each(dataset, args.num_workers))
-    for group in groups(samples, WALKS_AT_A_TIME[device.type]):
-        walks = [walk_of(net, sample, args, device) for sample in group]
-        seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
-        walked = propagate_together(seeds, transitions, 2**args.logt, tolerance)
-        for walk, scores in zip(walks, walked, strict=True):
-            label = label_of(scores, walk.sample, net.stride, crf_backend)
-            if walk.sample.image_id in args.trace_ids:
-                draw_walk(walk, net.stride, args)
-            save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
+    walked = propagate_together(seeds, transitions, 2**args.logt, tolerance)
+    for walk, scores in zip(walks, walked, strict=True):
+        label = label_of(scores, walk.sample, stride, args.crf_backend if args.crf else None)
+        if walk.sample.image_id in args.trace_ids:
+            draw_walk(walk, stride, args)
+        save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
 
 
 def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
@@ -176,12 +170,15 @@ def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
     save_trace(Path(args.trace, sample.image_id), Image.fromarray(sample.photograph), labels)
 
 
-def output_folders(args: argparse.Namespace) -> list[OutputFolder]:
+def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolder]:
     """The folders that were named, with what decides their content."""
     flags = ("radius", "alpha", "beta", "logt", "exact", "full_graph", "crf")
-    settings = settings_of(args, *flags) | {"cam_dir": maps_identity(args.cam_dir)}
+    settings = settings_of(args, ("network", "amp", "tf32", "compile", *flags))
+    settings |= weights_settings(args.weights, args.seed) | {"cam_dir": digest_maps(args.cam_dir)}
+    devkit.require_output("--out_rw", args.out_rw)
     folders = [OutputFolder("infer_aff.py --out_rw", Path(args.out_rw), (".png",), settings)]
     if args.trace:
+        devkit.require_output("--trace", args.trace)
         origin, suffixes = "infer_aff.py --trace", (".png", ".gif")
         traced = frozenset(args.trace_ids)
         folders.append(OutputFolder(origin, Path(args.trace), suffixes, settings, traced))
@@ -203,27 +200,29 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
 
 
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
-    seed_generators(args.seed)
+    switches = Switches(args.amp, args.tf32, args.compile)
+    configure_backends(device, switches, fixed_size=False)
+    torch.manual_seed(args.seed)
     devkit = open_devkit(args)
-    devkit.require_output("--out_rw", args.out_rw)
-    devkit.require_output("--trace", args.trace)
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)
     net = args.network.Net(radius=args.radius)
     load_for_inference(net, args.weights, print_main)
-    to_device(net, device, args, "forward_features").eval()
-    run = Run("infer_aff", args, ids, output_folders(args), stop)
+    to_device(net, device, switches, "forward_features").eval()
+    folders = output_folders(args, devkit)
+    run = Run("infer_aff", ids, folders, stop, args.overwrite, args.skip_bad)
     if not args.skip_bad:
         devkit.require_images(run.todo)
         require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
     dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir)
-    with run:
-        infer(net, dataset, args, device, run)
+    with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
+        walks = (make_walk(net, sample, args, device) for sample in run.each(samples))
+        while group := list(islice(walks, WALKS_AT_A_TIME[device.type])):
+            write_labels(group, net.stride, args)
 
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    configure_backends(device, args, fixed_size=False)
     with process_group(device, LONGEST_WAIT), StopSignals() as stop:
         infer_list(args, device, stop)
 

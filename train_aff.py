@@ -10,7 +10,7 @@ Several GPUs of one machine, or of two (run the second on both; --batch_size sta
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
         train_aff.py --lr 0.1 ...
 
-Writes <session_name>.pth, .log and .csv. A run that was killed goes on from <session_name>.ckpt
+Writes <session_name>.pth, .log and .csv. A run that was killed continues from <session_name>.ckpt
 when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_crf and
 --out_ha_crf. Training starts from ImageNet weights, as stage 1 does.
 """
@@ -18,33 +18,32 @@ when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tool.affinity import affinity_loss, pair_labels
-from tool.maps import maps_file
+from tool.affinity import affinity_loss, pair_labels, source_grid
 from tool.run import cli
-from tool.run.checkpoint import digest, digest_files
 from tool.run.devices import (
     StopSignals,
+    Switches,
     autocast,
     choose_device,
     configure_backends,
     process_group,
-    seed_generators,
     sum_over_ranks,
 )
 from tool.run.errors import UsageError
-from tool.run.loading import load_epochs
+from tool.run.loading import load
+from tool.run.provenance import digest, digest_maps, digest_photographs
 from tool.run.training import (
-    Training,
-    add_training_arguments,
-    check_crop_size,
+    end_epoch,
+    finish,
     make_schedule,
     remaining_batches,
     session_name,
+    start_training,
+    train_one_epoch,
 )
 from tool.weights import load_for_training
 from voc12.datasets import AffinityTrainingSet
@@ -54,7 +53,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, re
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
     cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
-    add_training_arguments(parser, batch_size=8, epochs=8, crop_size=448)
+    cli.add_training_arguments(parser, batch_size=8, epochs=8, crop_size=448)
     add_devkit_arguments(parser, labels=False)
     parser.add_argument("--la_crf_dir", required=True, help="CRF scores with the low alpha")
     parser.add_argument("--ha_crf_dir", required=True, help="CRF scores with the high alpha")
@@ -62,26 +61,49 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_crop_size(crop_size: int, stride: int, radius: int) -> None:
+    """Raise UsageError where crops would not divide into cells or have no pairs."""
+    if crop_size % stride:
+        raise UsageError(f"--crop_size {crop_size}: must be a multiple of {stride}.")
+    if 0 in source_grid(crop_size // stride, crop_size // stride, radius):
+        raise UsageError(
+            f"--crop_size {crop_size}: too small for pairs within --radius {radius}; "
+            f"take at least {stride * (2 * radius - 1)}."
+        )
+
+
+def pair_losses(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    radius: int,
+    device: torch.device,
+    amp: str | None,
+) -> dict[str, Tensor]:
+    """images B x 3 x H x W, labels uint8 B x h x w -> ``affinity_loss``, means over all ranks."""
+    with autocast(device, amp):
+        affinities = model(images.to(device, non_blocking=True))
+    labels = labels.to(device, non_blocking=True)
+    # The means are over the pairs of the whole batch, of which this rank has a shard.
+    return affinity_loss(affinities, *pair_labels(labels, radius), sum_over_ranks)
+
+
 def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) -> dict[str, str]:
     """What the files hold that the flags name; a checkpoint of other contents is not continued."""
     return {
         "train_list": digest(*train_ids),
         "classes": digest(*devkit.class_names),
-        "voc12_root": digest_files(map(devkit.image_path, train_ids)),
-        "la_crf_dir": digest_files(maps_file(Path(args.la_crf_dir, f"{i}.npy")) for i in train_ids),
-        "ha_crf_dir": digest_files(maps_file(Path(args.ha_crf_dir, f"{i}.npy")) for i in train_ids),
-        "weights": args.weights
-        if args.weights in cli.WEIGHT_WORDS
-        else digest_files([args.weights]),
+        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in train_ids]),
+        "la_crf_dir": digest_maps(args.la_crf_dir),
+        "ha_crf_dir": digest_maps(args.ha_crf_dir),
     }
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    session = session_name(args)
-    configure_backends(device, args)
-    seed_generators(args.seed)
+    configure_backends(device, Switches(args.amp, args.tf32, args.compile))
+    torch.manual_seed(args.seed)
     devkit = open_devkit(args)
-    devkit.require_output("--session_name", session)
+    devkit.require_output("--session_name", session_name(args))
     train_ids = read_ids(args.train_list)
     schedule = make_schedule(len(train_ids), args)
 
@@ -103,23 +125,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     require_files(args.la_crf_dir, train_ids, ".npy", "infer_cls.py --out_la_crf makes them")
     require_files(args.ha_crf_dir, train_ids, ".npy", "infer_cls.py --out_ha_crf makes them")
     notes.append(f"images: {len(train_ids)} to train on")
+
+    def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return pair_losses(model, *batch, args.radius, device, args.amp)
+
     contents = digests(args, devkit, train_ids)
-
-    def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        with autocast(device, args.amp):
-            affinities = net(images)
-        # The means are over the pairs of the whole batch, of which this rank has a share.
-        return affinity_loss(affinities, *pair_labels(labels, args.radius), sum_over_ranks)
-
-    with StopSignals() as stop:
-        training = Training(args, net, schedule, device, stop, contents, notes)
-        order = remaining_batches(schedule, args.seed, training.position.step)
-        batches = load_epochs(train_set, order, args.num_workers)
-        for _ in range(training.position.epoch, schedule.epochs):
-            losses = training.train_epoch(batches, losses_of)
-            training.end_epoch(", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-        training.finish()
+    training = start_training(args, net, schedule, device, contents, notes)
+    order = remaining_batches(schedule, args.seed, training.step)
+    with (
+        StopSignals() as stop,
+        load(train_set, order, args.num_workers, pin_memory=device.type == "cuda") as batches,
+    ):
+        while training.epoch < schedule.epochs:
+            losses = train_one_epoch(training, batches, losses_of, stop)
+            summary = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            end_epoch(training, summary)
+    finish(training)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ Several GPUs of one machine, or of two (run the second on both; --batch_size sta
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
         train_cls.py --lr 0.1 ...
 
-Writes <session_name>.pth, .log and .csv. A run that was killed goes on from <session_name>.ckpt
+Writes <session_name>.pth, .log and .csv. A run that was killed continues from <session_name>.ckpt
 when its command is repeated. The lists come from python3 -m voc12.prepare.
 """
 
@@ -27,27 +27,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tool.run import cli
-from tool.run.checkpoint import digest, digest_files
 from tool.run.devices import (
     StopSignals,
+    Switches,
     autocast,
     choose_device,
     configure_backends,
     is_main,
     process_group,
-    seed_generators,
     shard,
     sum_over_ranks,
+    world_size,
 )
 from tool.run.errors import UsageError
-from tool.run.loading import load, load_epochs
+from tool.run.loading import in_batches, load
+from tool.run.provenance import digest, digest_photographs
 from tool.run.training import (
-    Training,
-    add_training_arguments,
     diverged,
+    end_epoch,
+    finish,
+    leave_if_stopped,
     make_schedule,
     remaining_batches,
     session_name,
+    start_training,
+    train_one_epoch,
 )
 from tool.weights import load_for_training
 from voc12.datasets import ClassifierTrainingSet, ClassifierValidationSet
@@ -57,7 +61,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
-    add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
+    cli.add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
     add_devkit_arguments(parser)
     parser.add_argument("--val_list", default="voc12/val.txt", help="images to validate on")
     parser.add_argument(
@@ -94,13 +98,16 @@ def validate(
     device: torch.device,
     stop: StopSignals,
 ) -> float:
-    """The mean loss over the images, of which each rank sees a share; cut short by a signal."""
+    """The mean loss over the images, of which each rank sees a shard; cut short by a signal."""
     net.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     own = shard(range(len(dataset)))
-    batches = load(dataset, own, args.batch_size, args.num_workers)
-    with cli.progress(None, "validation", total=len(own), disable=not is_main()) as bar:
-        for images, labels in batches:
+    batches = in_batches(own, math.ceil(args.batch_size / world_size()))
+    with (
+        load(dataset, batches, args.num_workers, pin_memory=device.type == "cuda") as loaded,
+        cli.progress(None, "validation", total=len(own), disable=not is_main()) as bar,
+    ):
+        for images, labels in loaded:
             if stop.received:
                 break
             total += classification_loss(net, images, labels, device, args.amp) * len(images)
@@ -108,9 +115,7 @@ def validate(
     return sum_over_ranks(total).item() / len(dataset)
 
 
-def digests(
-    args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]
-) -> dict[str, str]:
+def digests(devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]) -> dict[str, str]:
     """What the files hold that the flags name; a checkpoint of other contents is not continued."""
     ids = [*train_ids, *val_ids]
     return {
@@ -118,19 +123,15 @@ def digests(
         "val_list": digest(*val_ids),
         "classes": digest(*devkit.class_names),
         "label_file": digest(*(devkit.image_label(image_id).tobytes() for image_id in ids)),
-        "voc12_root": digest_files(map(devkit.image_path, ids)),
-        "weights": args.weights
-        if args.weights in cli.WEIGHT_WORDS
-        else digest_files([args.weights]),
+        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in ids]),
     }
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    session = session_name(args)
-    configure_backends(device, args)
-    seed_generators(args.seed)
+    configure_backends(device, Switches(args.amp, args.tf32, args.compile))
+    torch.manual_seed(args.seed)
     devkit = open_devkit(args)
-    devkit.require_output("--session_name", session)
+    devkit.require_output("--session_name", session_name(args))
     train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
     schedule = make_schedule(len(train_ids), args)
 
@@ -143,27 +144,30 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
     labels = devkit.require_labelled_images([*train_ids, *val_ids])
     notes.append(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}")
-    contents = digests(args, devkit, train_ids, val_ids)
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = batch
         loss = classification_loss(net, images, labels, device, args.amp)
-        # The batch's loss is a mean over its images, of which this rank has a share.
+        # The batch's loss is a mean over its images, of which this rank has a shard.
         return {"loss": loss * (len(images) / args.batch_size)}
 
-    with StopSignals() as stop:
-        training = Training(args, net, schedule, device, stop, contents, notes)
-        order = remaining_batches(schedule, args.seed, training.position.step)
-        batches = load_epochs(train_set, order, args.num_workers)
-        for epoch in range(training.position.epoch, schedule.epochs):
-            losses = training.train_epoch(batches, losses_of)
+    contents = digests(devkit, train_ids, val_ids)
+    training = start_training(args, net, schedule, device, contents, notes)
+    order = remaining_batches(schedule, args.seed, training.step)
+    with (
+        StopSignals() as stop,
+        load(train_set, order, args.num_workers, pin_memory=device.type == "cuda") as batches,
+    ):
+        while training.epoch < schedule.epochs:
+            losses = train_one_epoch(training, batches, losses_of, stop)
             val_loss = validate(net, val_set, args, device, stop)
-            training.leave_if_stopped()
+            leave_if_stopped(training, stop)
             if not math.isfinite(val_loss):
-                raise diverged(f"the validation loss is not finite after epoch {epoch + 1}")
-            training.records.plot(training.position.step, {"validation loss": val_loss})
-            training.end_epoch(f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}")
-        training.finish()
+                raise diverged(f"the validation loss is not finite at step {training.step}")
+            training.log.plot(training.step, {"validation loss": val_loss})
+            summary = f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}"
+            end_epoch(training, summary)
+    finish(training)
 
 
 def main(args: argparse.Namespace) -> None:

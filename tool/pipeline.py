@@ -36,6 +36,7 @@ from tool.run import cli
 from tool.run.errors import DataError, UsageError
 from tool.steps import History, Step, Word
 from tool.tables import PUBLISHED, SPLIT_RULES, comparison, markdown
+from tool.weights import WEIGHT_WORDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCORED_SPLITS = ("train", "val")
@@ -318,7 +319,7 @@ class Pipeline:
 
 
 def _weights(text: str) -> Word:
-    return text if text in cli.WEIGHT_WORDS else Path(text)
+    return text if text in WEIGHT_WORDS else Path(text)
 
 
 def shown(command: Sequence[Word]) -> str:

@@ -74,10 +74,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group()
     background.add_argument(
-        "--bg", type=cli.fraction, help="constant background score for --cam (default: 0.2)"
+        "--bg",
+        type=cli.number(float, 0, 1),
+        help="constant background score for --cam (default: 0.2)",
     )
     background.add_argument(
-        "--alpha", type=cli.positive_float, help="background (1 - max score)^alpha for --cam"
+        "--alpha",
+        type=cli.number(float, 0, above=True),
+        help="background (1 - max score)^alpha for --cam",
     )
     background.add_argument(
         "--sweep", choices=sorted(SWEEPS), help="score --cam at every threshold of this kind"
@@ -100,7 +104,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE.png", help="draw the --sweep there")
     add(
         "--num_workers",
-        type=cli.non_negative_int,
+        type=cli.number(int, 0),
         default=cli.usable_cores(),
         help="processes that read and count; 0 counts in the program itself",
     )

@@ -342,17 +342,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         default=160,
-        type=cli.positive_int,
+        type=cli.number(int, 1),
         help=f"number of images, at least {MIN_IMAGES}; every {VAL_STRIDE}th is a val image",
     )
     parser.add_argument(
         "--size",
         default=192,
-        type=cli.positive_int,
+        type=cli.number(int, 1),
         help=f"long side of an image in pixels, {MIN_SIZE} to {MAX_SIZE}",
     )
     parser.add_argument(
-        "--seed", default=0, type=cli.non_negative_int, help="another seed, another data set"
+        "--seed", default=0, type=cli.number(int, 0), help="another seed, another data set"
     )
     return parser
 

@@ -30,11 +30,11 @@ LEARNING_RATE = 1e-6
 def add_step_arguments(add: Callable) -> None:
     """The flags of the benchmark, besides those that all have."""
     add("--network", type=cli.any_network, default="network.vgg16_aff", help="what is trained")
-    add("--batch", type=cli.positive_int, default=8, help="images in a step")
-    add("--crop_size", type=cli.positive_int, default=448, help="side of a crop, pixels")
+    add("--batch", type=cli.number(int, 1), default=8, help="images in a step")
+    add("--crop_size", type=cli.number(int, 1), default=448, help="side of a crop, pixels")
     add(
         "--num_workers",
-        type=cli.non_negative_int,
+        type=cli.number(int, 0),
         default=cli.default_num_workers(),
         help="processes that load images; 0 loads in the program itself",
     )

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from tqdm import tqdm
 
 from tool.crf import BACKENDS
-from tool.run.errors import DataError, Interrupted, UsageError, loader_death
+from tool.run.errors import DataError, Interrupted, UsageError
 
-# What --weights takes besides files: random numbers, and VGG-16's trained on ImageNet.
-WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
 EXIT_DATA, EXIT_USAGE = 1, 2
+# Pairs reach at most over the width of most images' grids.
+MAX_RADIUS = 64
+MAX_WORKERS = 256
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
 
@@ -36,7 +37,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except UsageError as error:
         parser.error(str(error))
     except BrokenPipeError:
-        # Whoever read the output has seen enough (| head); nothing is left to be said to.
+        # Whoever read the output has seen enough (| head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_SIGNAL + signal.SIGPIPE)
     except (DataError, OSError) as error:
@@ -46,11 +47,6 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         _leave("interrupted: finished files are kept.", EXIT_SIGNAL + number)
-    except RuntimeError as error:
-        death = loader_death(error)
-        if death is None:
-            raise
-        _leave(f"error: {death}", EXIT_DATA)
 
 
 def require_distinct_outputs(
@@ -97,65 +93,32 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+def number(
+    kind: type, low: float, high: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
+    """argparse type: a finite int or float from ``low`` to ``high``, or ``above`` ``low``."""
+    wanted = "a whole number" if kind is int else "a number"
+    if above:
+        wanted += f" above {low:g}"
+    elif high < math.inf:
+        wanted += f" from {low:g} to {high:.10g}"
+    else:
+        wanted += f" of at least {low:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def side_length(text: str) -> int:
-    """argparse type: pixels, at most as many as a JPEG's side has."""
-    return _number(text, int, lambda value: 1 <= value <= 65535, "a whole number from 1 to 65535")
-
-
-def pair_radius(text: str) -> int:
-    """argparse type: cells from 2 on (below, there is no pair) to 64, the width of most images."""
-    return _number(text, int, lambda value: 2 <= value <= 64, "a whole number from 2 to 64")
-
-
-def random_seed(text: str) -> int:
-    """argparse type: what every generator can be seeded with."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
-
-
-def process_count(text: str) -> int:
-    """argparse type: a number of worker processes that a machine can bear."""
-    most = max(64, usable_cores())
-    return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
-
-
-def walk_exponent(text: str) -> int:
-    """argparse type: the logarithm of a number of steps that ends in a lifetime."""
-    return _number(text, int, lambda value: 0 <= value <= 20, "a whole number from 0 to 20")
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    """argparse type: a finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text: str, kind: type, accepts: Callable, wanted: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accepts(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
+side_length = number(int, 1, 65535)  # pixels, at most as many as a JPEG's side has
+random_seed = number(int, 0, 2**32 - 1)
 
 
 def classifier(name: str):
@@ -181,6 +144,8 @@ def _network(name: str, method: str, wanted: str):
     try:
         loaded = importlib.import_module(f"network.{module}")
     except ModuleNotFoundError as error:
+        if error.name != f"network.{module}":  # the module is there, but lacks one of its own
+            raise
         parts = [
             part.name for part in pkgutil.iter_modules(importlib.import_module("network").__path__)
         ]
@@ -204,19 +169,19 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--weights",
         required=True,
-        help="the network's trained weights, in any form, or none (untrained)",
+        help="the network's trained weights, in any form, or none (random initialization)",
     )
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add(
         "--overwrite",
         action="store_true",
-        help="also make again what is complete: these images' outputs are removed first, and with "
-        "them all that were made with other settings in the same folders",
+        help="make outputs again that are complete, or of other settings; these images' files "
+        "are removed first",
     )
     add(
         "--skip_bad",
         action="store_true",
-        help="go on past images that cannot be read, and list them at the end (exit code 1)",
+        help="continue past images that cannot be read, and list them at the end (exit code 1)",
     )
     add_run_arguments(parser)
     add_speed_arguments(parser)
@@ -242,21 +207,81 @@ def _crf_backend(name: str) -> str:
     return name
 
 
+def add_training_arguments(
+    parser: argparse.ArgumentParser, batch_size: int, epochs: int, crop_size: int
+) -> None:
+    """The flags of both training programs, besides ``--network``, with a stage's defaults."""
+    add = parser.add_argument
+    add(
+        "--weights",
+        required=True,
+        help="file to start from (.pth, .safetensors, .caffemodel, .params), imagenet (VGG-16's, "
+        "downloaded) or none (random initialization)",
+    )
+    add("--train_list", default="voc12/train_aug.txt", help="images to train on")
+    add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")
+    add(
+        "--batch_size",
+        type=number(int, 1),
+        default=batch_size,
+        help="images in a step, all processes together",
+    )
+    add("--max_epoches", type=number(int, 1), default=epochs, help="passes over the list")
+    add("--crop_size", type=side_length, default=crop_size, help="side of a crop, pixels")
+    add(
+        "--lr",
+        type=number(float, 0, above=True),
+        default=0.1,
+        help="first learning rate; ResNet-38: 0.01",
+    )
+    add("--wt_dec", type=number(float, 0), default=5e-4, help="weight decay")
+    add(
+        "--momentum",
+        type=number(float, 0, 1),
+        help="momentum (default: the value of --wt_dec, which the released code passes in its "
+        "place, and with which the published numbers were made)",
+    )
+    add_run_arguments(parser)
+    add_speed_arguments(parser)
+    add(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: continue from <session_name>.ckpt where an unfinished run of the same settings "
+        "left one; never: start from the beginning; or the checkpoint to continue from",
+    )
+    add(
+        "--save_every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="how often to write <session_name>.ckpt (default: after each epoch); SIGINT and "
+        "SIGTERM write one, too; it is removed when the .pth is complete",
+    )
+    add(
+        "--log_every",
+        type=number(int, 1),
+        default=10,
+        metavar="STEPS",
+        help="how often to read the losses from the device and add a row to the .csv",
+    )
+    add("--tensorboard", metavar="DIR", help="also write the figures there, for TensorBoard")
+
+
 def add_radius_argument(parser: argparse.ArgumentParser) -> None:
     """How near the cells of a pair are; both AffinityNet programs must agree on it."""
     parser.add_argument(
         "--radius",
-        type=pair_radius,
+        type=number(int, 2, MAX_RADIUS),
         default=5,
         help="pairs are nearer than this many cells of the stride-8 grid (the paper's gamma)",
     )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where and how any of the four programs runs."""
+    """The flags that decide where and how any of the programs runs."""
     parser.add_argument(
         "--num_workers",
-        type=process_count,
+        type=number(int, 0, MAX_WORKERS),
         default=default_num_workers(),
         help="processes that load images; 0 loads in the program itself",
     )
@@ -272,8 +297,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=("bf16", "fp16"),
         help="compute convolutions in 16 bits: faster and half the memory on recent GPUs; bf16 "
-        "also on some CPUs, on others slower (python3 -m tool.bench step tells); results differ in "
-        "the third digit (default: 32 bits)",
+        "also on some CPUs, on others slower (python3 -m tool.bench step measures it); results "
+        "differ in the third digit (default: 32 bits)",
     )
     parser.add_argument(
         "--tf32",
@@ -296,7 +321,7 @@ def default_num_workers() -> int:
 
 
 def usable_cores() -> int:
-    """The cores that this process may compute on: Slurm or a container may lend it a few only."""
+    """The cores that this process may compute on: Slurm or a container may allow only a few."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Where a program computes: its device, its random numbers, and its fellow processes, if any.
+"""Where a program computes: its device, its ranks, and the signals that end it.
 
 ``torchrun`` starts a program several times, each process being a *rank* with a device of its own.
 Every function here also works in a process that was started alone: it is then rank 0 of 1. Those
@@ -6,29 +6,28 @@ that say "all ranks must call it" exchange something.
 """
 
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tool.run.errors import DataError, UsageError
+from tool.run.errors import DataError, UsageError, reason
 
 DEVICE_TYPES = ("cpu", "cuda")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds after a signal before another SIGTERM means that the program has not obeyed.
+# Seconds after a signal before another SIGTERM means that the program does not react.
 PATIENCE = 10
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What torchrun tells a process; with fewer of them, it was started alone.
+# What torchrun sets in the environment of a process; with fewer of them, it was started alone.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Words by which a failed exchange between ranks is told from other runtime errors.
+# Words that tell a failed exchange between ranks from other runtime errors.
 EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "tcpstore")
 
 T = TypeVar("T")
@@ -37,11 +36,19 @@ T = TypeVar("T")
 # Devices
 
 
+class Switches(NamedTuple):
+    """The flags that gain speed and change rounding, all off by default."""
+
+    amp: str | None = None  # "bf16" or "fp16"
+    tf32: bool = False
+    compile: bool = False
+
+
 def choose_device(name: str) -> torch.device:
     """The device that ``--device`` names; ``auto`` takes CUDA where there is a usable one.
 
-    Under torchrun, ``auto`` and ``cuda`` are the GPU that has the process's number on its machine.
-    Raises UsageError for a device that this machine or build does not have.
+    Under torchrun, ``auto`` and ``cuda`` are the GPU with the process's local rank. Raises
+    UsageError for a device that this machine or build does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,9 +60,8 @@ def choose_device(name: str) -> torch.device:
             device = _device_of_local_rank(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UsageError(
-            f"--device {name}: not usable here ({reason}); try auto or cpu."
+            f"--device {name}: not usable here ({reason(error)}); try auto or cpu."
         ) from error
     return device
 
@@ -74,24 +80,23 @@ def _device_of_local_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
-def configure_backends(device: torch.device, args: Any, fixed_size: bool = True) -> None:
-    """Carry out ``--tf32`` and check ``--amp``; let cuDNN look for the fastest algorithms.
+def configure_backends(device: torch.device, switches: Switches, fixed_size: bool = True) -> None:
+    """Apply ``--tf32``, check ``--amp``, and let cuDNN search for the fastest algorithms.
 
-    That search is for inputs of one ``fixed_size``: it would be made again for each new one.
-
-    Raises UsageError for a switch that the device does not offer.
+    That search pays where inputs have one ``fixed_size``: it is repeated for each new size. Raises
+    UsageError for a switch that the device does not offer.
     """
     if device.type != "cuda":
-        if args.tf32:
+        if switches.tf32:
             raise UsageError("--tf32: only GPUs have it; on a CPU, try --amp bf16.")
-        if args.amp == "fp16":
+        if switches.amp == "fp16":
             raise UsageError("--amp fp16: only for GPUs; on a CPU, try bf16.")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = switches.tf32
     torch.backends.cudnn.benchmark = fixed_size
 
 
 def to_device(
-    net: nn.Module, device: torch.device, args: Any, method: str | None = None
+    net: nn.Module, device: torch.device, switches: Switches, method: str | None = None
 ) -> nn.Module:
     """The network on its device, compiled with ``--compile``: as a whole, or one ``method``.
 
@@ -99,67 +104,56 @@ def to_device(
     """
     # Tensor cores want the channels last. So does a CPU's inference, by 5 to 30 per cent of the
     # time; its training takes as long, or longer with the narrow layers of the tiny network.
-    on_tensor_cores = device.type == "cuda" and (args.amp or args.tf32)
+    on_tensor_cores = device.type == "cuda" and (switches.amp or switches.tf32)
     infers_on_cpu = device.type == "cpu" and method is not None
     layout = torch.channels_last if on_tensor_cores or infers_on_cpu else torch.preserve_format
     net.to(device, memory_format=layout)
-    if args.compile and method:
+    if switches.compile and method:
         setattr(net, method, torch.compile(getattr(net, method)))
-    elif args.compile:
+    elif switches.compile:
         net.compile()
     return net
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
+    """Return when the device has finished all work that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
-    """Where a network is run: convolutions compute in ``--amp``'s type, in float32 without it."""
+    """Where a network runs: convolutions compute in ``--amp``'s type, in float32 without it."""
     return torch.autocast(device.type, AMP_DTYPES[amp]) if amp else nullcontext()
 
 
-# Random numbers
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is a lack of memory, on a GPU or on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch.
-
-    Only fresh initialization and dropout draw from them: order and augmentation have their own.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one is meant)
-    torch.manual_seed(seed)
+# Random numbers: fresh layers and dropout draw from torch's generators, nothing else does.
 
 
 def seed_rank(seed: int, step: int) -> None:
-    """Let ranks but the first draw dropout of their own, from a step on."""
+    """Let every rank draw its own dropout from a step on; rank 0 continues the seed's sequence."""
     if not is_main():
         sequence = np.random.SeedSequence([seed, rank(), step])
-        seed_generators(int(sequence.generate_state(1)[0]))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of the global generators, in types that ``weights_only=True`` can load."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    states = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Put the global generators back to what ``random_states`` returned."""
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
+def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put the generators back to what ``random_states`` returned."""
+    torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
@@ -193,7 +187,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
             raise
         raise DataError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost the others: one "
-            f"has ended or cannot be reached; what it said is above ({str(error).splitlines()[0]})."
+            f"has ended or cannot be reached; see its message above ({reason(error)})."
         ) from error
     # Not after an error: it would wait for those that are lost.
     dist.destroy_process_group()
@@ -210,7 +204,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
@@ -271,7 +265,7 @@ class StopSignals:
                 if stop.agreed(): <save>; raise Interrupted(...)
 
     A second SIGINT does interrupt at once, and so does a SIGTERM a while after the first signal,
-    unless torchrun is between: it may pass one on twice.
+    except under torchrun, which may pass one signal on twice.
     """
 
     def __init__(self) -> None:

@@ -17,16 +17,6 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
         self.signal_number = signal_number
 
 
-def loader_death(error: BaseException | None) -> DataError | None:
-    """The sentence for a loader process that died; None for any other error.
-
-    PyTorch notices such a death by a signal, and raises its error in whatever line the program is.
-    """
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return None
-    return DataError(f"a loader process died ({reason(error)}); try fewer --num_workers.")
-
-
 def reason(error: Exception) -> str:
     """Why a library gave up: the first line of its message, or the error's name."""
     lines = str(error).strip().splitlines()

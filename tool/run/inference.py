@@ -1,42 +1,34 @@
-"""What both inference programs share: which images they have to do, and how they end."""
+"""What the inference programs share: which images they have to do, and how they end."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from tool.run import cli, outputs
-from tool.run.checkpoint import digest
-from tool.run.devices import StopSignals, gather, is_main, print_main, shard, world_size
-from tool.run.errors import DataError, Interrupted, loader_death
-from tool.run.outputs import OutputFolder
-from tool.weights import FRESH
+from tool.run import cli
+from tool.run.devices import (
+    StopSignals,
+    gather,
+    is_main,
+    is_out_of_memory,
+    print_main,
+    shard,
+    world_size,
+)
+from tool.run.errors import DataError, Interrupted
+from tool.run.provenance import OutputFolder, prepare_folders, require_same_settings, unfinished
 
 # Processes meet at the start and at the end, when the fastest may wait long for the slowest.
 LONGEST_WAIT = timedelta(days=1)
 IDS_SHOWN = 5
 
 
-def settings_of(args: argparse.Namespace, *names: str) -> dict[str, str]:
-    """The flags of that name, and those that decide what the network computes.
-
-    Weights count by their content. Their file must exist.
-    """
-    names = ("network", "amp", "tf32", "compile", *names)
-    settings = {name: outputs.plain(getattr(args, name)) for name in names}
-    if args.weights == FRESH:
-        return {**settings, "weights": FRESH, "seed": str(args.seed)}
-    return {**settings, "weights": digest(Path(args.weights).read_bytes())}
-
-
 class Run:
-    """The images of a list that lack outputs, of which each rank does its share.
+    """The images of a list that lack outputs, of which each rank does its shard.
 
-        run = Run("infer_cls", args, ids, folders, stop)
-        with run:
-            for sample in run.each(load_each(<dataset of run.ids>)):
+        run = Run("infer_cls", ids, folders, stop)
+        with run, load_each(<dataset of run.ids>) as samples:
+            for sample in run.each(samples):
                 ...
 
     ``todo`` are all those images, ``ids`` this rank's. In the ``with`` block outputs may be
@@ -48,25 +40,27 @@ class Run:
     def __init__(
         self,
         name: str,
-        args: argparse.Namespace,
         ids: Sequence[str],
         folders: Sequence[OutputFolder],
         stop: StopSignals,
+        overwrite: bool = False,
+        skip_bad: bool = False,
     ):
-        self.name, self.args, self.folders, self.stop = name, args, folders, stop
+        self.name, self.folders, self.stop = name, folders, stop
+        self.overwrite, self.skip_bad = overwrite, skip_bad
         self.all_ids = list(dict.fromkeys(ids))
         self.todo: list[str] = gather(self._plan() if is_main() else [])[0]
         self.ids = shard(self.todo)
+        self._current = ""
         self._bad: dict[str, str] = {}
         self._error: DataError | None = None
         self._stopped = False
 
     def _plan(self) -> list[str]:
-        overwrite = self.args.overwrite
-        outputs.check(self.folders, self.all_ids, overwrite)
-        todo = self.all_ids if overwrite else outputs.unfinished(self.folders, self.all_ids)
-        if len(todo) < len(self.all_ids) or world_size() > 1:
-            complete = len(self.all_ids) - len(todo)
+        require_same_settings(self.folders, self.all_ids, self.overwrite)
+        todo = self.all_ids if self.overwrite else unfinished(self.folders, self.all_ids)
+        complete = len(self.all_ids) - len(todo)
+        if complete or world_size() > 1:
             shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
             print_main(
                 f"{complete} of {len(self.all_ids)} images were complete; {len(todo)} to do{shared}"
@@ -75,10 +69,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         if is_main():
-            outputs.begin(self.folders, self.all_ids, self.args.overwrite)
+            prepare_folders(self.folders, self.all_ids, self.overwrite)
         gather(None)  # nobody writes before that is done
-        total = len(self.ids)
-        self._bar = cli.progress(None, self.name, total=total, disable=not is_main())
+        self._bar = cli.progress(None, self.name, total=len(self.ids), disable=not is_main())
         return self
 
     def each(self, samples: Iterable[Any]) -> Iterator[Any]:
@@ -87,36 +80,41 @@ class Run:
         ``samples`` are those of ``ids``, or a DataError in their place.
         """
         for image_id, sample in zip(self.ids, samples, strict=True):
+            self._current = image_id
             if self.stop.received:
                 self._stopped = True
                 return
             if not isinstance(sample, DataError):
                 yield sample
-            elif self.args.skip_bad:
+            elif self.skip_bad:
                 self._bad[image_id] = str(sample)
             else:
-                # Raised at the end, so that what is under way gets finished.
+                # Raised at the end, so that started images get finished.
                 self._error = sample
                 return
             self._bar.update()
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         self._bar.close()
-        error = loader_death(error) or error
         if error is None and self._error:
             hint = "the same command makes the others, with --skip_bad without this one."
             raise DataError(f"{self._error} {self._count()}; {hint}") from self._error
+        if is_out_of_memory(error):
+            raise DataError(
+                f"{self._current}: out of memory; take fewer --num_workers, --amp, or a smaller "
+                f"image. {self._count()}; the same command makes the others."
+            ) from error
         if isinstance(error, DataError | OSError):
             hint = "the same command makes the others."
             raise DataError(f"{cli.sentence(error)} {self._count()}; {hint}") from error
         if error is None and self._stopped:
-            message = f"{self._count()}, and the same command goes on from there."
+            message = f"{self._count()}; the same command continues from there."
             raise Interrupted(self.stop.received, message)
         if error is None:
             self._report_bad()
 
     def _count(self) -> str:
-        left = outputs.unfinished(self.folders, self.all_ids)
+        left = unfinished(self.folders, self.all_ids)
         return f"{len(self.all_ids) - len(left)} of {len(self.all_ids)} images are done"
 
     def _report_bad(self) -> None:

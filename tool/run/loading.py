@@ -1,19 +1,15 @@
 """Loader processes that pass on a bad file as one clear error instead of a worker's traceback."""
 
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tool.run.errors import DataError, loader_death
-
-# Linux can; macOS and Windows cannot.
-CAN_TELL_SENDERS = hasattr(signal, "sigwaitinfo")
+from tool.run.errors import DataError, reason
 
 
 class _Reporting(Dataset):
@@ -22,9 +18,9 @@ class _Reporting(Dataset):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         try:
-            return self.dataset[index]
+            return self.dataset[key]
         except DataError as error:
             return error
 
@@ -40,98 +36,81 @@ class _ReportingCollate:
         return self.collate(samples)
 
 
+@contextmanager
 def load(
     dataset: Dataset,
-    order: Sequence[int],
-    batch_size: int,
+    batches: Iterable[Sequence],
     num_workers: int,
     collate: Callable = default_collate,
-) -> Iterator[Any]:
-    """The dataset's samples in the given order, in batches, through ``num_workers`` processes.
+    pin_memory: bool = False,
+) -> Iterator[Iterator[Any]]:
+    """Within the block: the samples of each batch of keys, collated, by ``num_workers`` processes.
 
-    Raises the DataError of a sample, or of a worker that was killed (by the memory limit, say).
+    The processes end with the block. Raises the DataError of a sample, and DataError for a process
+    that was killed (for lack of memory, say).
     """
-    batches = (order[k : k + batch_size] for k in range(0, len(order), batch_size))
-    return _raising(_load(dataset, batches, num_workers, collate))
+    with _loader(dataset, batches, num_workers, collate, pin_memory) as loaded:
+        yield map(_raised, loaded)
 
 
-def load_each(dataset: Dataset, num_workers: int) -> Iterator[Any]:
-    """Every sample of the dataset, whatever it holds, or the DataError that came instead of it.
-
-    Raises DataError for a worker that was killed, as ``load`` does.
-    """
-    return _load(dataset, ([k] for k in range(len(dataset))), num_workers, _single)
+def load_each(dataset: Dataset, num_workers: int, pin_memory: bool = False):
+    """As ``load``, but every sample alone, and the DataError of a bad one in its place."""
+    batches = ([index] for index in range(len(dataset)))
+    return _loader(dataset, batches, num_workers, _single, pin_memory)
 
 
-def load_epochs(
-    dataset: Dataset, batches: Iterable[Sequence[tuple[int, int]]], num_workers: int
-) -> Iterator[Any]:
-    """As ``load``, over several epochs: batches are lists of (epoch, index), a sample's key.
-
-    The processes stay from the first batch to
-    the last, and fetch the next epoch's batches while the program is busy between two epochs.
-    """
-    return _raising(_load(dataset, batches, num_workers, default_collate))
-
-
-def _raising(batches: Iterator) -> Iterator:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-def _load(dataset: Dataset, batches: Iterable, num_workers: int, collate: Callable) -> Iterator:
-    loader = DataLoader(
-        _Reporting(dataset),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_ReportingCollate(collate),
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_obey_parent_alone,
-        # Without one of its own, it would draw from the generator that dropout draws from.
-        generator=torch.Generator(),
+@contextmanager
+def _loader(
+    dataset: Dataset, batches: Iterable, num_workers: int, collate: Callable, pin_memory: bool
+) -> Iterator[Iterator[Any]]:
+    iterator = iter(
+        DataLoader(
+            _Reporting(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_ReportingCollate(collate),
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
+            # Without one of its own, it would draw from the generator that dropout draws from.
+            generator=torch.Generator(),
+        )
     )
     try:
-        yield from _start(loader)
+        yield iterator
     except RuntimeError as error:
-        death = loader_death(error)
-        if death is None:
+        # PyTorch raises this in whatever line the program is when a process dies.
+        if "DataLoader worker" not in str(error):
             raise
-        raise death from error
-
-
-# torchrun, a terminal and Slurm send SIGINT or SIGTERM to all processes of a program, but a program
-# needs its loaders until the step in hand is over. So they obey only the SIGTERM of their parent,
-# which all their threads hold back but one that looks who sent it.
-
-
-def _start(loader: DataLoader) -> Iterator:
-    """The loader's iterator, whose processes are born with SIGTERM held back."""
-    if not CAN_TELL_SENDERS:
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return iter(loader)
+        raise DataError(
+            f"a loader process died ({reason(error)}); try fewer --num_workers."
+        ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if num_workers:
+            # An error's traceback may hold the iterator, so that it would not end by itself.
+            iterator._shutdown_workers()
 
 
-def _obey_parent_alone(_: int) -> None:
+def _ignore_signals(_: int) -> None:
+    """Terminals and batch systems signal all processes, but a program needs its loaders until the
+    current step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if CAN_TELL_SENDERS:
-        threading.Thread(target=_await_sigterm_of, args=[os.getppid()], daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _await_sigterm_of(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def _raised(batch: Any) -> Any:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def _single(samples: Sequence) -> Any:
     (sample,) = samples
     return sample
+
+
+def in_batches(order: Sequence, batch_size: int) -> Iterator[Sequence]:
+    """The keys of ``order`` in batches, the last one perhaps shorter."""
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def shuffled(length: int, seed: int, epoch: int) -> list[int]:

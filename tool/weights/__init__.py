@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tool.files import atomic_write
 from tool.pickles import map_file
 from tool.run import cli
-from tool.run.cli import FRESH, IMAGENET
 from tool.run.errors import DataError, UsageError, printable, reason
 from tool.weights.caffe import read_caffemodel
 from tool.weights.mxnet import LIST_MAGIC, read_params
 from tool.weights.pytorch import ZIP_MAGIC, explained, load_tensors, save_tensors
 
+# What --weights takes besides files: random initialization, and VGG-16's trained on ImageNet.
+WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
 # A tensor by which a network's weights are recognized, for messages.
 SIGNATURES = {
     "conv5_3.weight": "VGG-16",

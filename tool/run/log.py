@@ -24,7 +24,7 @@ def describe_run(seed: int, device: torch.device) -> list[str]:
     gpu = f"; {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return [
         f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}",
-        # torch's own name of its version tells the build, too (+cpu, +cu...)
+        # torch's own version names the build, too (+cpu, +cu...)
         f"versions: python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         f"hardware: {_processor()}, {os.cpu_count()} cores{gpu}",
@@ -35,14 +35,14 @@ def describe_run(seed: int, device: torch.device) -> list[str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():  # on Linux, where platform.processor() often says nothing
+    if info.exists():  # on Linux, where platform.processor() is often empty
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-class Records:
+class Log:
     """``<session>.log`` for people, ``<session>.csv`` for plots, TensorBoard's files on request.
 
     The log holds neither times nor dates: two runs of the same command and seed have equal logs.
@@ -55,26 +55,27 @@ class Records:
         self._paths = {kind: Path(f"{session}.{kind}") for kind in self.texts}
         self._tensorboard = _summary_writer(tensorboard) if tensorboard else None
 
-    def start(self) -> None:
+    def start(self, notes: list[str]) -> None:
         """Begin both files, in place of older ones."""
         self._replace({"log": "".join(f"{line}\n" for line in self.head), "csv": ""})
+        self.write("\n".join(notes))
 
     def resume(self, texts: Mapping[str, str], step: int) -> None:
-        """Put both files back to what ``texts`` was after a step; what was added since then goes.
+        """Put both files back to what ``texts`` was after a step, which drops later lines.
 
-        The log says so, and where the head of this run differs from that of the one before.
+        The log notes it, and where the head of this run differs from that of the one before.
         """
         news = [line for line in self.head if line not in texts["log"].splitlines()]
         self._replace(texts)
-        self.say("\n".join([f"resumed after step {step}", *(f"resumed {line}" for line in news)]))
+        self.write("\n".join([f"resumed after step {step}", *(f"resumed {line}" for line in news)]))
 
-    def say(self, message: str) -> None:
-        """Write a line to the log and to stdout."""
+    def write(self, message: str) -> None:
+        """Add a line to the log and print it."""
         if is_main():
             print(message, flush=True)
             self._append("log", message)
 
-    def row(self, step: int, values: Mapping[str, float]) -> None:
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
         """Add a row to the table: the step, then the values, always the same ones in that order."""
         if not is_main():
             return

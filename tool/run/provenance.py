@@ -1,0 +1,220 @@
+"""What decides a run's numbers: its settings by flag, digests of contents, records of folders.
+
+A checkpoint is continued, and a folder of outputs is added to, only by a run with equal settings.
+Files appear whole or not at all, so what exists in a folder is complete; a hidden record in each
+folder holds the settings that made its files.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tool.files import TEMPORARY_NAME, atomic_write
+from tool.maps import MAP_FORMATS
+from tool.run.errors import UsageError
+from tool.weights import FRESH, WEIGHT_WORDS
+
+CONTENT = "content "  # what a digest begins with
+DIGEST_DIGITS = 16
+BLOCK_BYTES = 2**20
+# A folder may hold files of both kinds, each kind with a record of its own.
+KINDS = {"maps": tuple(MAP_FORMATS.values()), "pictures": (".png", ".gif")}
+# No file takes this long to write: if it is still unfinished, its writer was killed.
+LEFTOVER_SECONDS = 3600
+
+
+# Settings
+
+
+def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
+    """The values of flags as text: the same for 4 and 4.0, for a list and a tuple."""
+    return {name: _plain(getattr(args, name)) for name in names}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, ModuleType):  # a network
+        return value.__name__
+    if isinstance(value, list | tuple):
+        return " ".join(map(_plain, value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.12g}"
+    return str(value)
+
+
+def weights_settings(weights: str, seed: int) -> dict[str, str]:
+    """What ``--weights`` of inference contributes: a file's content, or the seed without one."""
+    if weights == FRESH:
+        return {"weights": FRESH, "seed": str(seed)}
+    return {"weights": digest_weights(weights)}
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """The settings that differ, each with both values: "--lr (0.1 there, 0.2 here), ..."."""
+    return ", ".join(
+        f"--{name} ({_difference(there.get(name, 'none'), here.get(name, 'none'))})"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    )
+
+
+def _difference(there: str, here: str) -> str:
+    if there.startswith(CONTENT) or here.startswith(CONTENT):
+        return "other content"
+    return f"{there} there, {here} here"
+
+
+# Digests
+
+
+def digest(*parts: str | bytes) -> str:
+    """A short name of a content: equal for equal parts, different for all others."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "big") + data)
+    return CONTENT + total.hexdigest()[:DIGEST_DIGITS]
+
+
+@lru_cache
+def digest_file(path: str | os.PathLike) -> str:
+    """A digest of a file's bytes; each file is read once in a program's life."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            total.update(block)
+    return CONTENT + total.hexdigest()[:DIGEST_DIGITS]
+
+
+def digest_photographs(paths: Sequence[Path]) -> str:
+    """A digest of the files' names and sizes; reading thousands of files would take too long."""
+    return digest(*(f"{path.name} {path.stat().st_size}" for path in paths))
+
+
+def digest_weights(weights: str) -> str:
+    """What ``--weights`` means: one of its words, or a file's content."""
+    return weights if weights in WEIGHT_WORDS else digest_file(weights)
+
+
+def digest_maps(folder: str | os.PathLike) -> str:
+    """What a folder of maps holds: its record's content, or else where it lies."""
+    record = _record_path(Path(folder), "maps")
+    return digest_file(record) if record.is_file() else str(Path(folder).resolve())
+
+
+# Folders of outputs
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that gets files ``<id><suffix>``, and the settings that decide what is in them."""
+
+    origin: str  # what writes there, e.g. "infer_cls.py --out_cam"
+    path: Path
+    suffixes: tuple[str, ...]
+    settings: Mapping[str, str]  # by flag, without dashes
+    ids: frozenset[str] | None = None  # the images that get files there, if not all do
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind, suffixes in KINDS.items() if self.suffixes[0] in suffixes)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the record must hold."""
+        return {"origin": self.origin, "settings": dict(sorted(self.settings.items()))}
+
+    def file_names(self) -> set[str]:
+        """The names of all files of this kind in the folder."""
+        if not self.path.is_dir():
+            return set()
+        names = (name for name in os.listdir(self.path) if not name.startswith("."))
+        return {name for name in names if name.endswith(KINDS[self.kind])}
+
+    def file_names_of(self, ids: Iterable[str]) -> set[str]:
+        """The names of files that these images have there when they are complete."""
+        return {
+            image_id + suffix
+            for image_id in ids
+            if self.ids is None or image_id in self.ids
+            for suffix in self.suffixes
+        }
+
+
+def _record_path(folder: Path, kind: str) -> Path:
+    return folder / f".settings_of_{kind}.json"
+
+
+def require_same_settings(
+    folders: Iterable[OutputFolder], ids: Sequence[str], overwrite: bool
+) -> None:
+    """Raise UsageError if a folder holds outputs that are not known to be of these settings.
+
+    With ``overwrite``, outputs of other settings may be there if all are of these images.
+    """
+    for folder in folders:
+        record, present = _read_record(folder), folder.file_names()
+        if record == folder.content or not present:
+            continue
+        others = present - folder.file_names_of(ids)
+        if record is None:
+            problem = "outputs, but no record of the settings that made them"
+        elif record["origin"] != folder.origin:
+            problem = f"the outputs of {record['origin']}"
+        else:
+            found = differences(record["settings"], folder.settings)
+            problem = f"outputs of other settings: {found}"
+        if record and overwrite and not others:
+            continue
+        ways = "name another folder"
+        if record and overwrite:
+            problem += f"; some of images that are not in the list ({min(others)})"
+        elif record:
+            ways += ", or make these images' outputs again with --overwrite"
+        flag = folder.origin.split()[-1]
+        raise UsageError(f"{flag} {folder.path}: holds {problem}; {ways}.")
+
+
+def unfinished(folders: Sequence[OutputFolder], ids: Iterable[str]) -> list[str]:
+    """The images that lack a file in one of the folders, in their order."""
+    present = [(folder, folder.file_names()) for folder in folders]
+    return [
+        image_id
+        for image_id in ids
+        if not all(folder.file_names_of([image_id]) <= names for folder, names in present)
+    ]
+
+
+def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwrite: bool) -> None:
+    """Write the records; with ``overwrite``, remove these images' outputs before.
+
+    To be called after ``require_same_settings`` and before any output.
+    """
+    for folder in folders:
+        if overwrite:
+            for name in folder.file_names_of(ids):
+                (folder.path / name).unlink(missing_ok=True)
+        for path in folder.path.glob(TEMPORARY_NAME.format("*", "*")):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink(missing_ok=True)
+        if _read_record(folder) != folder.content:
+            with atomic_write(_record_path(folder.path, folder.kind)) as file:
+                file.write((json.dumps(folder.content, indent=2) + "\n").encode())
+
+
+def _read_record(folder: OutputFolder) -> dict[str, Any] | None:
+    """The record's content; None if there is none that can be read."""
+    try:
+        content = json.loads(_record_path(folder.path, folder.kind).read_text(encoding="utf-8"))
+        origin, settings = content["origin"], content["settings"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    texts = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
+    return content if isinstance(origin, str) and texts else None
