@@ -3,13 +3,11 @@
 import csv
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from forked import run_forked
@@ -23,7 +21,7 @@ from helpers import (
 )
 
 from tool.affinity import affinity_loss, pair_labels
-from tool.run import devices as distributed
+from tool.run import devices
 from tool.run.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -138,7 +136,7 @@ def test_ranks_draw_dropout_of_their_own(runs):
 
 
 @each_program
-def test_first_rank_alone_writes_and_talks(name, runs):
+def test_first_rank_alone_writes_and_prints(name, runs):
     folder, outcomes = runs
     first, *others = outcomes[f"{name}3"]
     files = {path for path in contents(folder / f"{name}3") if not path.endswith(".json")}
@@ -149,7 +147,7 @@ def test_first_rank_alone_writes_and_talks(name, runs):
     assert not any("%" in outcome.err for outcome in others)  # no progress bars
 
 
-def test_signal_to_one_rank_stops_all_and_any_number_goes_on(runs):
+def test_signal_to_one_rank_stops_all_and_any_number_continues(runs):
     folder, outcomes = runs
     assert [outcome.code for outcome in outcomes["stopped"]] == [143, 143]
     for outcome in outcomes["stopped"]:
@@ -196,11 +194,11 @@ def test_torchrun_starts_training(runs):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("length", [0, 1, 5, 12])
 def test_shares_are_the_whole_in_order_and_even(size, length, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    monkeypatch.setattr(devices, "world_size", lambda: size)
     shares = []
     for rank in range(size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(list(distributed.shard(range(length))))
+        monkeypatch.setattr(devices, "rank", lambda rank=rank: rank)
+        shares.append(list(devices.shard(range(length))))
     assert [item for share in shares for item in share] == list(range(length))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -225,14 +223,14 @@ def test_shares_of_the_affinity_loss_add_up_to_the_whole():
 
 def test_a_process_started_alone_is_the_first_of_one():
     tensor = torch.ones(2, requires_grad=True)
-    with distributed.process_group(CPU):
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
-        assert distributed.is_main()
-        assert distributed.gather("x") == ["x"]
-        assert torch.equal(distributed.sum_over_ranks(tensor), torch.ones(2))
-        assert not distributed.sum_over_ranks(tensor).requires_grad
+    with devices.process_group(CPU):
+        assert (devices.rank(), devices.world_size()) == (0, 1)
+        assert devices.is_main()
+        assert devices.gather("x") == ["x"]
+        assert torch.equal(devices.sum_over_ranks(tensor), torch.ones(2))
+        assert not devices.sum_over_ranks(tensor).requires_grad
         net = torch.nn.Linear(1, 1)
-        assert distributed.data_parallel(net, CPU) is net
+        assert devices.data_parallel(net, CPU) is net
 
 
 # Devices
@@ -251,14 +249,14 @@ def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
-    assert distributed.choose_device("auto") == torch.device("cuda:1")
-    assert distributed.choose_device("cuda") == torch.device("cuda:1")
-    assert distributed.choose_device("cpu") == CPU
+    assert devices.choose_device("auto") == torch.device("cuda:1")
+    assert devices.choose_device("cuda") == torch.device("cuda:1")
+    assert devices.choose_device("cpu") == CPU
     with pytest.raises(UsageError, match=r"--device cuda:0: .*cannot share"):
-        distributed.choose_device("cuda:0")
+        devices.choose_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match=r"2 processes .* with 1 GPU.*--nproc_per_node"):
-        distributed.choose_device("cuda")
+        devices.choose_device("cuda")
 
 
 @pytest.mark.parametrize(("flags", "hint"), [("--tf32", "--amp bf16"), ("--amp fp16", "bf16")])
@@ -289,38 +287,23 @@ def test_compile_compiles_the_network(runs, monkeypatch):
 # Random numbers
 
 
-def draw():
-    numbers = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
-    return [*numbers, random.gauss(0, 1), np.random.randn()]  # noqa: NPY002
-
-
-def test_seed_decides_all_generators():
-    distributed.seed_generators(3)
-    first = draw()
-    distributed.seed_generators(4)
-    assert not set(first) & set(draw())
-    distributed.seed_generators(3)
-    assert draw() == first
-
-
 def test_random_states_come_back_from_a_file(tmp_path):
-    draw()
-    torch.save(distributed.random_states(CPU), tmp_path / "states")
-    first = draw()
+    torch.save(devices.random_states(CPU), tmp_path / "states")
+    first = torch.rand(3)
     states = torch.load(tmp_path / "states", weights_only=True)
-    distributed.restore_random_states(states, CPU)
-    assert draw() == first
+    devices.restore_random_states(states, CPU)
+    assert torch.equal(torch.rand(3), first)
 
 
 def test_ranks_but_the_first_are_seeded_by_themselves(monkeypatch):
     drawn = set()
     for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(devices, "rank", lambda rank=rank: rank)
         for step in (0, 7):
-            distributed.seed_generators(5)
-            distributed.seed_rank(5, step)
+            torch.manual_seed(5)
+            devices.seed_rank(5, step)
             drawn.add(torch.rand(()).item())
-    distributed.seed_generators(5)
+    torch.manual_seed(5)
     assert torch.rand(()).item() in drawn
     assert len(drawn) == 1 + 2 * 2
 
@@ -328,39 +311,39 @@ def test_ranks_but_the_first_are_seeded_by_themselves(monkeypatch):
 # Signals
 
 
-@pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
+@pytest.mark.parametrize("number", devices.STOP_SIGNALS)
 def test_signal_is_remembered(number):
-    before = [signal.getsignal(n) for n in distributed.STOP_SIGNALS]
-    with distributed.StopSignals() as stop:
+    before = [signal.getsignal(n) for n in devices.STOP_SIGNALS]
+    with devices.StopSignals() as stop:
         assert stop.agreed() == 0
         os.kill(os.getpid(), number)
         assert stop.agreed() == stop.received == number
-        os.kill(os.getpid(), signal.SIGTERM)  # says no more than the first
-    assert [signal.getsignal(n) for n in distributed.STOP_SIGNALS] == before
+        os.kill(os.getpid(), signal.SIGTERM)  # adds nothing to the first
+    assert [signal.getsignal(n) for n in devices.STOP_SIGNALS] == before
 
 
 def test_second_sigint_interrupts_at_once():
-    with distributed.StopSignals():
+    with devices.StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("first", distributed.STOP_SIGNALS)
-def test_later_sigterm_ends_a_program_that_does_not_obey(first, monkeypatch):
-    with distributed.StopSignals() as stop:
+@pytest.mark.parametrize("first", devices.STOP_SIGNALS)
+def test_later_sigterm_ends_a_program_that_does_not_react(first, monkeypatch):
+    with devices.StopSignals() as stop:
         os.kill(os.getpid(), first)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == first
         now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + distributed.PATIENCE + 1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + devices.PATIENCE + 1)
         with pytest.raises(KeyboardInterrupt) as interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.value.args == (signal.SIGTERM,)
 
 
 def test_second_sigint_from_a_launcher_does_not(launched):
-    with distributed.StopSignals() as stop:
+    with devices.StopSignals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT

@@ -1,7 +1,9 @@
-"""Loader processes hand on batches in order, and a bad file as one clear error."""
+"""Loader processes pass on batches in order, and a bad file as one clear error."""
 
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tool.run.errors import DataError
-from tool.run.loading import load, load_each, load_epochs, shuffled
+from tool.run.loading import in_batches, load, load_each, shuffled
 
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
 
@@ -40,45 +42,35 @@ def _fail(index):
     raise ZeroDivisionError(f"item {index}")
 
 
-def _lists(batches):
-    return [batch.tolist() for batch in batches]
+def load_all(dataset, batches, num_workers):
+    with load(dataset, batches, num_workers) as loaded:
+        return [batch.tolist() for batch in loaded]
 
 
 @each_number_of_workers
 def test_batches_follow_the_order(num_workers):
-    batches = _lists(load(Numbers(7), [6, 0, 3, 1, 5, 2, 4], 3, num_workers))
-    assert batches == [[6, 0, 3], [1, 5, 2], [4]]
+    batches = in_batches([6, 0, 3, 1, 5, 2, 4], 3)
+    assert load_all(Numbers(7), batches, num_workers) == [[6, 0, 3], [1, 5, 2], [4]]
 
 
 class Epochs(Numbers):
     """Item k of epoch e is 100 e + k."""
 
-    epoch = 0
-
-    def __getitem__(self, index):
-        return super().__getitem__(index) + 100 * self.epoch
-
-
-@each_number_of_workers
-def test_each_sample_is_of_the_epoch_asked_for(num_workers):
-    batches = [[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]]
-    loaded = _lists(load_epochs(Epochs(3), iter(batches), num_workers))
-    assert loaded == [[2, 1], [0, 102], [100]]
+    def __getitem__(self, key):
+        epoch, index = key
+        return super().__getitem__(index) + 100 * epoch
 
 
 @each_number_of_workers
-def test_error_of_an_epoch_arrives_clean(num_workers):
-    batches = load_epochs(Epochs(3, {1: _refuse}), [[(0, 0)], [(0, 1)]], num_workers)
-    assert next(batches).tolist() == [0]
-    with pytest.raises(DataError, match=r"^1\.jpg: not a readable image; replace it\.$"):
-        next(batches)
+def test_samples_are_asked_for_by_any_key(num_workers):
+    batches = iter([[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]])
+    assert load_all(Epochs(3), batches, num_workers) == [[2, 1], [0, 102], [100]]
 
 
 @each_number_of_workers
 def test_loading_leaves_the_random_numbers_of_torch_alone(num_workers):
     before = torch.get_rng_state()
-    list(load(Numbers(4), range(4), 2, num_workers))
-    list(load_epochs(Epochs(4), [[(0, 1)]], num_workers))
+    load_all(Numbers(4), in_batches(range(4), 2), num_workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -87,29 +79,31 @@ class Pids(Dataset):
         return torch.tensor(os.getpid())
 
 
-def test_loader_processes_stay_over_epochs_and_bear_the_signals_of_their_parent():
-    batches = load_epochs(Pids(), [[(epoch, 0)] for epoch in range(20)], 1)
-    pids = [int(next(batches))]
-    for number in ("-INT", "-TERM"):  # from somebody else, as torchrun's
-        subprocess.run(["kill", number, str(pids[0])], check=True)
-    pids += [int(batch) for batch in batches]
+def test_loader_processes_ignore_signals_and_end_with_the_block():
+    with load(Pids(), ([k] for k in range(20)), 1) as batches:
+        pids = [int(next(batches))]
+        for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a batch system sends them
+            os.kill(pids[0], number)
+        pids += [int(batch) for batch in batches]
     assert set(pids) == {pids[0]}
     assert len(pids) == 20
     assert pids[0] != os.getpid()
+    assert not multiprocessing.active_children()
 
 
 @each_number_of_workers
 def test_data_error_arrives_clean_after_the_batches_before(num_workers):
-    batches = load(Numbers(8, {5: _refuse}), range(8), 2, num_workers)
-    assert [next(batches).tolist(), next(batches).tolist()] == [[0, 1], [2, 3]]
-    with pytest.raises(DataError) as error:
-        next(batches)
+    with load(Numbers(8, {5: _refuse}), in_batches(range(8), 2), num_workers) as batches:
+        assert [next(batches).tolist(), next(batches).tolist()] == [[0, 1], [2, 3]]
+        with pytest.raises(DataError) as error:
+            next(batches)
     assert str(error.value) == "5.jpg: not a readable image; replace it."
 
 
 @each_number_of_workers
 def test_data_error_takes_the_place_of_its_sample(num_workers):
-    samples = list(load_each(Numbers(3, {1: _refuse}), num_workers))
+    with load_each(Numbers(3, {1: _refuse}), num_workers) as loaded:
+        samples = list(loaded)
     assert [samples[0], samples[2]] == [0, 2]
     assert isinstance(samples[1], DataError)
     assert str(samples[1]) == "1.jpg: not a readable image; replace it."
@@ -118,20 +112,21 @@ def test_data_error_takes_the_place_of_its_sample(num_workers):
 @each_number_of_workers
 def test_bug_stays_what_it_is(num_workers):
     with pytest.raises(ZeroDivisionError, match="item 0"):
-        list(load(Numbers(1, {0: _fail}), [0], 1, num_workers))
+        load_all(Numbers(1, {0: _fail}), [[0]], num_workers)
 
 
 KILLED_WORKER = """
 import os
 from tool.run.errors import DataError
-from tool.run.loading import load, load_each, load_epochs, shuffled
+from tool.run.loading import in_batches, load, load_each, shuffled
 
 class Deadly(list):
     def __getitem__(self, index):
         os._exit(1)
 
 try:
-    list(load(Deadly([0]), [0], 1, num_workers=1))
+    with load(Deadly([0]), [[0]], num_workers=1) as batches:
+        next(batches)
 except DataError as error:
     print(error)
 """
@@ -151,9 +146,9 @@ def test_worker_that_dies_is_a_data_error():
 
 ABANDONED = """
 from tool.run.loading import load
-batches = load([0, 1, 2, 3], range(4), 1, num_workers=2)
-print(int(next(batches)), flush=True)
-raise KeyError("what was not foreseen")
+with load([0, 1, 2, 3], [[0], [1], [2], [3]], num_workers=2) as batches:
+    print(int(next(batches)), flush=True)
+    raise KeyError("what was not foreseen")
 """
 
 
@@ -176,7 +171,8 @@ class Objects(list):
 
 def test_samples_come_one_by_one_whatever_they_hold():
     objects = Objects([object(), {"a": object()}])
-    assert list(load_each(objects, 0)) == objects
+    with load_each(objects, 0) as samples:
+        assert list(samples) == objects
 
 
 @pytest.mark.parametrize("length", [0, 1, 50])

@@ -7,26 +7,32 @@ import math
 import os
 import signal
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tool.run.cli import add_training_arguments
 from tool.run.devices import StopSignals
-from tool.run.errors import DataError, Interrupted
+from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import shuffled
+from tool.run.log import Log, describe_run
 from tool.run.training import (
     Schedule,
-    Training,
-    add_training_arguments,
     build_optimizer,
+    end_epoch,
+    finish,
     make_schedule,
     remaining_batches,
-    save_weights,
     session_name,
     set_poly_lr,
+    start_training,
+    train_one_epoch,
 )
 
+CPU = torch.device("cpu")
 LR, DECAY = 0.1, 5e-4
 RATES = (1, 2, 10, 20)
 
@@ -57,10 +63,13 @@ def training(tmp_path):
         words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
         args = parser.parse_args(words)
         schedule = Schedule(2 * steps, args.batch_size, epochs)
-        device = torch.device("cpu")
-        return Training(args, net, schedule, device, StopSignals(), {}, ["a note"])
+        return start_training(args, net, schedule, CPU, {}, ["a note"])
 
     return start
+
+
+def train_epoch(run, values, losses_of=_losses_of, stop=None):
+    return train_one_epoch(run, iter(values), losses_of, stop or StopSignals())
 
 
 def _batches(*values):
@@ -104,7 +113,7 @@ def test_learning_rate_falls_by_the_power_0_9(step):
 
 def test_two_steps_equal_sgd_by_hand(training):
     net = FourGroups()
-    training(net, 2).train_epoch(_batches(0.5, -0.25), _losses_of)
+    train_epoch(training(net, 2), _batches(0.5, -0.25))
 
     for value, rate, decay in zip(net.values, RATES, (DECAY, 0, DECAY, 0), strict=True):
         expected, velocity = 1.0, 0.0
@@ -166,18 +175,18 @@ def test_batches_after_a_step_are_the_rest(step):
 
 def test_epoch_returns_the_mean_of_each_loss(training):
     run = training(FourGroups(), 3, flags="--lr 1e-12 --wt_dec 0 --log_every 2")  # hardly moves
-    means = run.train_epoch(_batches(1.0, 2.0, 6.0), _losses_of)
+    means = train_epoch(run, _batches(1.0, 2.0, 6.0))
     assert means == pytest.approx({"loss": 3 * 4, "half": 3 * 2}, rel=1e-5)
 
 
-def test_learning_rate_goes_on_from_epoch_to_epoch(training):
+def test_learning_rate_continues_from_epoch_to_epoch(training):
     run = training(FourGroups(), 4, epochs=3)
     rates = []
     run.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
     batches = _batches(*[0.1] * 12)
     for _ in range(3):
-        run.train_epoch(batches, _losses_of)
-        run.end_epoch("")
+        train_epoch(run, batches)
+        end_epoch(run, "")
     assert rates == pytest.approx([LR * (1 - step / 12) ** 0.9 for step in range(12)])
     assert next(batches, None) is None
 
@@ -189,7 +198,7 @@ def test_epoch_puts_the_network_into_training_mode(training):
         modes.append(net.training)
         return _losses_of(net, batch)
 
-    training(FourGroups().eval(), 1).train_epoch(_batches(1.0), losses_of)
+    train_epoch(training(FourGroups().eval(), 1), _batches(1.0), losses_of)
     assert modes == [True]
 
 
@@ -197,18 +206,18 @@ def test_epoch_puts_the_network_into_training_mode(training):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_with_its_parts_and_the_step(bad, log_every, training):
     run = training(FourGroups(), 3, epochs=2, flags=f"--log_every {log_every} --lr 1e-6")
-    run.train_epoch(_batches(0.01, 0.01, 0.01), _losses_of)
-    run.end_epoch("")
+    train_epoch(run, _batches(0.01, 0.01, 0.01))
+    end_epoch(run, "")
     before = run.checkpoint.read_bytes()
     with pytest.raises(DataError, match=rf"step 5 \(loss {bad}, half {bad}\)"):
-        run.train_epoch(_batches(0.01, bad, 0.01), _losses_of)
+        train_epoch(run, _batches(0.01, bad, 0.01))
     assert run.checkpoint.read_bytes() == before
 
 
 def test_checkpoint_is_not_written_after_a_loss_that_is_not_finite(training):
     run = training(FourGroups(), 3, flags="--save_every 1")
     with pytest.raises(DataError, match="step 1 "):
-        run.train_epoch(_batches(math.nan, 0.01, 0.01), _losses_of)
+        train_epoch(run, _batches(math.nan, 0.01, 0.01))
     assert not run.checkpoint.exists()
 
 
@@ -218,7 +227,7 @@ def test_losses_are_read_every_few_steps_only(training, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(len(x)) or read(x))
     monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("a step waits for its loss"))
     run = training(FourGroups(), 10, flags="--log_every 4 --lr 1e-6")
-    run.train_epoch(_batches(*[0.1] * 10), _losses_of)
+    train_epoch(run, _batches(*[0.1] * 10))
     assert reads == [4, 4, 2]
 
 
@@ -226,8 +235,8 @@ def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):
     run = training(FourGroups(), 5, epochs=2, flags="--log_every 3 --lr 1e-12 --wt_dec 0")
     batches = _batches(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
     for _ in range(2):
-        run.train_epoch(batches, _losses_of)
-        run.end_epoch("")
+        train_epoch(run, batches)
+        end_epoch(run, "")
     with open(f"{run.session}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["3", "5", "6", "9", "10"]
@@ -241,55 +250,122 @@ def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):
 
 
 def test_signal_ends_after_the_step_with_a_checkpoint(training):
-    run = training(FourGroups(), 3)
+    run, stop = training(FourGroups(), 3), StopSignals()
 
     def losses_of(net, batch):
-        run.stop.received = signal.SIGTERM
+        stop.received = signal.SIGTERM
         return _losses_of(net, batch)
 
     with pytest.raises(Interrupted, match=r"run\.ckpt .* step 1 of 3") as interrupted:
-        run.train_epoch(_batches(0.1, 0.1, 0.1), losses_of)
+        train_epoch(run, _batches(0.1, 0.1, 0.1), losses_of, stop)
     assert interrupted.value.signal_number == signal.SIGTERM
-    assert training(FourGroups(), 3).position.step == 1
+    assert training(FourGroups(), 3).step == 1
 
 
 def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path):
     run = training(FourGroups(), 2, epochs=2, flags="--lr 1e-6")
     for _ in range(2):
-        run.train_epoch(_batches(0.1, 0.1), _losses_of)
-        run.end_epoch("")
+        train_epoch(run, _batches(0.1, 0.1))
+        end_epoch(run, "")
         assert run.checkpoint.exists()
-    run.finish()
+    finish(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
+
+
+def test_lack_of_memory_names_the_flags(training):
+    def losses_of(net, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(DataError, match=r"out of memory on cpu in step 1; .*--batch_size.*--amp"):
+        train_epoch(training(FourGroups(), 1), _batches(0.1), losses_of)
 
 
 # ---- what is written ----
 
 
-def test_weights_come_back_as_they_were(tmp_path):
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    save_weights(tmp_path / "net.pth", net)
-    state = torch.load(tmp_path / "net.pth", weights_only=True)
-    assert list(state) == list(net.state_dict())
-    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_full_disk_is_named_and_leaves_the_old_weights(tmp_path, monkeypatch):
-    path = tmp_path / "net.pth"
+def test_full_disk_is_named_and_leaves_the_old_weights(training, tmp_path, monkeypatch):
+    run, path = training(FourGroups(), 1), tmp_path / "run.pth"
     path.write_text("old")
     real = builtins.open
     monkeypatch.setattr(builtins, "open", lambda _, mode: real("/dev/full", mode.replace("x", "w")))
     with pytest.raises(OSError, match="No space left"):
-        save_weights(path, nn.Conv2d(3, 4, 1))
+        finish(run)
     monkeypatch.undo()
     assert path.read_text() == "old"
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path):
+def test_weights_that_are_not_finite_are_not_written(training, tmp_path):
     net = FourGroups()
+    run = training(net, 1)
     net.values[2].data.fill_(math.inf)
     with pytest.raises(DataError, match=r"values\.2 is not finite.*no weights were written.*--lr"):
-        save_weights(tmp_path / "net.pth", net)
-    assert list(tmp_path.iterdir()) == []
+        finish(run)
+    assert not (tmp_path / "run.pth").exists()
+
+
+def test_logs_of_equal_runs_are_equal_and_complete(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", "--session_name", "two words"])
+
+    def text(session, seed):
+        log = Log(session, describe_run(seed, CPU))
+        log.start(["a note"])
+        log.write("epoch 1/2: loss 0.5")
+        return session.with_suffix(".log").read_text()
+
+    first = text(tmp_path / "a" / "s", 3)
+    assert text(tmp_path / "b" / "s", 3) == text(tmp_path / "a" / "s", 3) == first
+    assert text(tmp_path / "a" / "s", 4) != first
+    versions = (f"torch {torch.__version__}", f"numpy {np.__version__}", "seed: 3, device: cpu")
+    for part in ("train_cls.py --session_name 'two words'\n", *versions, "\nhardware: "):
+        assert part in first
+    assert first.endswith("processes: 1\na note\nepoch 1/2: loss 0.5\n")
+    assert capsys.readouterr().out.startswith("a note\nepoch 1/2: loss 0.5\n")
+
+
+def test_table_has_one_head_and_a_row_for_each_step(tmp_path):
+    log = Log(tmp_path / "s", ["command: a"])
+    log.start([])
+    log.write_row(10, {"epoch": 1, "lr": 0.1, "loss": 1 / 3})
+    log.write_row(20, {"epoch": 2, "lr": 1e-12, "loss": 12345678})
+    expected = "step,epoch,lr,loss\n10,1,0.1,0.3333333\n20,2,1e-12,1.234568e+07\n"
+    assert (tmp_path / "s.csv").read_text() == expected
+
+
+def test_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = Log(tmp_path / "s", ["command: a", "hardware: b"])
+    log.start(["kept"])
+    log.write_row(1, {"loss": 1})
+    texts = dict(log.texts)
+    log.write("lost")
+    log.write_row(2, {"loss": 2})
+
+    resumed = Log(tmp_path / "s", ["command: a", "hardware: c"])
+    resumed.resume(texts, 1)
+    resumed.write_row(2, {"loss": 3})
+    lines = ["command: a", "hardware: b", "kept", "resumed after step 1", "resumed hardware: c"]
+    assert (tmp_path / "s.log").read_text().splitlines() == lines
+    assert (tmp_path / "s.csv").read_text() == "step,loss\n1,1\n2,3\n"
+
+
+def test_tensorboard_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, *values):
+            seen.append(values)
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = Log(tmp_path / "s", [], "tb")
+    log.start([])
+    log.write_row(10, {"lr": 0.1, "loss": 0.5})
+    log.plot(10, {"validation loss": 0.25})
+    assert seen == ["tb", ("lr", 0.1, 10), ("loss", 0.5, 10), ("validation loss", 0.25, 10)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    Log(tmp_path / "s", []).start([])
+    with pytest.raises(UsageError, match=r"--tensorboard tb: .*not installed.*pip install"):
+        Log(tmp_path / "s", [], "tb")

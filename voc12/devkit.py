@@ -68,7 +68,7 @@ def read_class_names(path: str | os.PathLike | None) -> tuple[str, ...]:
         raise DataError(f"{path}: holds no class names; write one a line.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise DataError(f"{path}: the class {_shortened(repeated[0])} stands there twice.")
+        raise DataError(f"{path}: the class {_shortened(repeated[0])} is there twice.")
     if BACKGROUND in names:
         raise DataError(f"{path}: leave out {BACKGROUND}; it always is label 0.")
     if len(names) >= VOID:

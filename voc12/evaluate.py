@@ -43,7 +43,7 @@ from tool.labels import index_image
 from tool.maps import load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
 from tool.run.errors import DataError, UsageError
-from tool.run.loading import load
+from tool.run.loading import in_batches, load
 from voc12.devkit import (
     BACKGROUND,
     Devkit,
@@ -229,10 +229,13 @@ def total_counts(
     """The sum of the counts of the images, which ``num_workers`` processes share among them."""
     dataset = _Counts(ids, count)
     num_workers = min(num_workers, math.ceil(len(ids) / IMAGES_AT_ONCE))
-    batches = load(dataset, range(len(ids)), IMAGES_AT_ONCE, num_workers, _number_and_sum)
+    batches = in_batches(range(len(ids)), IMAGES_AT_ONCE)
     total: np.ndarray | int = 0
-    with cli.progress(None, "evaluate", total=len(ids)) as bar:
-        for number, counts in batches:
+    with (
+        load(dataset, batches, num_workers, _number_and_sum) as loaded,
+        cli.progress(None, "evaluate", total=len(ids)) as bar,
+    ):
+        for number, counts in loaded:
             total = total + counts
             bar.update(number)
     return total

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,9 +82,8 @@ def digest(*parts: str | bytes) -> str:
     return CONTENT + total.hexdigest()[:DIGEST_DIGITS]
 
 
-@lru_cache
 def digest_file(path: str | os.PathLike) -> str:
-    """A digest of a file's bytes; each file is read once in a program's life."""
+    """A digest of a file's bytes, as they stream by."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):

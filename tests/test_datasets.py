@@ -1,0 +1,269 @@
+"""What the programs iterate over: crops and their augmentation, whole images, and their maps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise_image, write_annotation, write_image
+from PIL import Image
+
+from tool.labels import VOID, index_image
+from tool.maps import save_maps
+from tool.run.errors import DataError
+from voc12 import datasets as data
+from voc12.devkit import Devkit
+
+CLASSES = ("crack", "rust", "moss")
+
+
+def as_float(image):
+    """A normalization that leaves values readable; black is 1, so that zeros are padding."""
+    return image.astype(np.float32) + 1
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "VOC" / "JPEGImages").mkdir(parents=True)
+    return tmp_path / "VOC"
+
+
+@pytest.fixture
+def devkit(root):
+    return Devkit(root, CLASSES)
+
+
+# Stage 1
+
+
+@pytest.fixture
+def photographs(root, devkit):
+    """Ids a, b (the same pixels) and c, 40 x 60."""
+    for image_id, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_image(root, image_id, noise_image(40, 60, seed))
+        write_annotation(root, image_id, ["rust"])
+    return devkit
+
+
+def training_item(devkit, ids, index, seed=0, epoch=0):
+    dataset = data.ClassifierTrainingSet(devkit, ids, as_float, 32, (30, 60), seed)
+    return dataset[epoch, index][0]
+
+
+def test_augmentation_depends_on_seed_epoch_and_id_only(photographs):
+    first = training_item(photographs, "abc", 0)
+    np.random.seed(7)  # noqa: NPY002 - the global state is what must not matter
+    torch.manual_seed(7)
+    assert torch.equal(first, training_item(photographs, "ca", 1))
+    assert not torch.equal(first, training_item(photographs, "abc", 1))  # the same pixels
+    assert not torch.equal(first, training_item(photographs, "abc", 0, seed=1))
+    assert not torch.equal(first, training_item(photographs, "abc", 0, epoch=1))
+
+
+def test_training_crops_are_padded_with_zeros_after_normalization(photographs):
+    dataset = data.ClassifierTrainingSet(photographs, "a", as_float, 64, (30, 48), seed=0)
+    lengths, places = set(), set()
+    for epoch in range(30):
+        image, label = dataset[epoch, 0]
+        assert image.shape == (3, 64, 64)
+        assert image.dtype == label.dtype == torch.float32
+        assert label.tolist() == [0, 1, 0]
+        inside = (image != 0).all(0)
+        assert torch.equal(inside, (image != 0).any(0))  # normalized images have no zeros here
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        height, width = len(rows), len(columns)
+        assert inside.sum() == height * width  # one rectangle
+        assert height == round(40 * width / 60)
+        lengths.add(width)
+        places.add((rows[0].item(), columns[0].item()))
+    assert {min(lengths), max(lengths)} <= set(range(30, 49))
+    assert len(lengths) > 8
+    assert len(places) > 15
+
+
+def test_training_flips_half_of_the_images(root, devkit):
+    halves = np.zeros((20, 40, 3), np.uint8)
+    halves[:, 20:] = 200
+    write_image(root, "a", Image.fromarray(halves))
+    write_annotation(root, "a", [])
+    dataset = data.ClassifierTrainingSet(devkit, "a", as_float, 40, (40, 40), seed=0)
+    left_is_bright = []
+    for epoch in range(60):
+        image = dataset[epoch, 0][0]
+        left_is_bright.append(bool(image[..., :10].sum() > image[..., -10:].sum()))
+    assert 15 <= sum(left_is_bright) <= 45
+
+
+def test_validation_is_a_centre_crop_with_zero_padding(root, devkit):
+    pixels = np.arange(5 * 9 * 3, dtype=np.uint8).reshape(5, 9, 3)
+    write_image(root, "a", Image.fromarray(pixels))
+    write_annotation(root, "a", ["crack"])
+    image, label = data.ClassifierValidationSet(devkit, ["a"], as_float, 7)[0]
+    expected = np.zeros((7, 7, 3), np.float32)
+    expected[1:6] = pixels[:, 1:8].astype(np.float32) + 1
+    assert np.array_equal(image.numpy().transpose(1, 2, 0), expected)
+    assert label.tolist() == [1, 0, 0]
+
+
+# Stage 2
+
+
+def test_an_image_at_several_scales(root, devkit):
+    write_image(root, "a", noise_image(31, 21))
+    write_annotation(root, "a", ["moss"])
+    sample = data.MultiScaleSet(devkit, ["a"], as_float, (1, 0.5, 1.5, 2))[0]
+    assert sample.image_id == "a"
+    assert sample.label.tolist() == [0, 0, 1]
+    assert sample.photograph.dtype == np.uint8
+    assert np.array_equal(sample.photograph, np.asarray(noise_image(31, 21)))
+    # Halves round to even numbers, as Python's round does.
+    sizes = [(31, 21), (16, 10), (46, 32), (62, 42)]
+    assert [tuple(image.shape) for image in sample.scaled] == [(3, *size) for size in sizes]
+    assert {image.dtype for image in sample.scaled} == {torch.float32}
+    first, half = (image.numpy().transpose(1, 2, 0) for image in sample.scaled[:2])
+    assert np.array_equal(first, as_float(sample.photograph))
+    bicubic = noise_image(31, 21).resize((10, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(half, as_float(np.asarray(bicubic)))
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
+def test_photograph_one_pixel_wide(size, root, devkit):
+    write_image(root, "a", noise_image(*size), "JPEG")
+    write_annotation(root, "a", ["rust"])
+    train = data.ClassifierTrainingSet(devkit, ["a"], as_float, 24, (8, 32), seed=0)
+    assert train[0, 0][0].shape == (3, 24, 24)
+    scaled = data.MultiScaleSet(devkit, ["a"], as_float, (1, 0.5, 2))[0].scaled
+    assert all(min(image.shape[1:]) >= 1 for image in scaled)
+    assert scaled[2].shape == (3, 2 * size[0], 2 * size[1])
+
+
+# Stage 3
+
+CROP, STRIDE = 48, 8
+
+
+@pytest.fixture
+def affinity_world(root, devkit, tmp_path):
+    """One image 32 x 64: its left half red and of class 0, its right half blue and of class 2."""
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :32], pixels[:, 32:] = (180, 30, 30), (30, 30, 180)
+    write_image(root, "a", Image.fromarray(pixels))
+    left = np.zeros((32, 64), np.float32)
+    left[:, :32] = 1
+    maps = {0: 0.1 * np.ones_like(left), 1: 0.9 * left, 3: 0.9 * (1 - left)}
+    for folder in ("la", "ha"):
+        save_maps(tmp_path / folder / "a.npy", maps)
+    return SimpleNamespace(devkit=devkit, low=tmp_path / "la", high=tmp_path / "ha", maps=maps)
+
+
+def affinity_set(world, seed=0):
+    return data.AffinityTrainingSet(
+        world.devkit, ["a"], as_float, world.low, world.high, CROP, STRIDE, seed
+    )
+
+
+def cells(pixels):
+    """CROP x CROP bool -> the share of each cell's pixels that are set."""
+    return torch.nn.functional.avg_pool2d(pixels.float()[None], STRIDE)[0]
+
+
+def test_affinity_image_and_label_stay_aligned(affinity_world):
+    dataset = affinity_set(affinity_world)
+    orientations = set()
+    for epoch in range(24):
+        image, label = dataset[epoch, 0]
+        assert image.shape == (3, CROP, CROP)
+        assert image.dtype == torch.float32
+        assert label.shape == (CROP // STRIDE, CROP // STRIDE)
+        assert label.dtype == torch.uint8
+        padding = (image == 1).all(0)  # black, then normalized: nothing is zero
+        assert (image >= 1).all()
+        assert padding.sum() == (CROP - 32) * CROP
+        red, blue = image[0] > image[2], image[0] < image[2]
+        assert (label[cells(red) == 1] == 1).all()  # local indices: the first map, the second
+        assert (label[cells(blue) == 1] == 2).all()
+        assert (label[cells(padding) == 1] == VOID).all()
+        assert set(label.unique().tolist()) <= {1, 2, VOID}
+        if red.any() and blue.any():
+            orientations.add(bool(red.nonzero()[:, 1].min() < blue.nonzero()[:, 1].min()))
+    assert orientations == {True, False}
+
+
+def test_affinity_crops_depend_on_seed_epoch_and_id_only(affinity_world):
+    first = affinity_set(affinity_world)[0, 0]
+    np.random.seed(7)  # noqa: NPY002 - the global state is what must not matter
+    again, other = affinity_set(affinity_world)[0, 0], affinity_set(affinity_world, seed=1)[0, 0]
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("folder", ["la", "ha"])
+def test_affinity_scores_of_another_size(folder, affinity_world, tmp_path):
+    save_maps(tmp_path / folder / "a.npy", {k: v[:, :-1] for k, v in affinity_world.maps.items()})
+    with pytest.raises(DataError, match=r"differ in size.*32 x 63.*32 x 64") as error:
+        affinity_set(affinity_world)[0, 0]
+    assert str(tmp_path / folder / "a.npy") in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [(0, 1), (1, 3)])
+def test_affinity_scores_of_other_classes(keys, affinity_world, tmp_path):
+    kept = {key: affinity_world.maps[key] for key in keys}
+    save_maps(tmp_path / "ha" / "a.npy", kept)
+    if 0 not in keys:
+        save_maps(tmp_path / "la" / "a.npy", kept)
+    with pytest.raises(DataError, match=r"la.a\.npy and .*ha.a\.npy: must hold the background"):
+        affinity_set(affinity_world)[0, 0]
+
+
+def test_missing_affinity_scores_are_named(affinity_world, tmp_path):
+    (tmp_path / "ha" / "a.npy").unlink()
+    with pytest.raises(DataError, match=r"ha.a\.npy"):
+        affinity_set(affinity_world)[0, 0]
+
+
+# Stage 4
+
+
+def test_inference_gives_the_whole_image_and_its_maps(root, devkit, tmp_path):
+    write_image(root, "a", noise_image(5, 7))
+    maps = {2: np.full((5, 7), 0.5), 0: np.ones((5, 7))}
+    save_maps(tmp_path / "a.npy", maps)
+    sample = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)[0]
+    assert sample.image_id == "a"
+    assert sample.image.dtype == torch.float32
+    expected = as_float(np.asarray(noise_image(5, 7)))
+    assert np.array_equal(sample.image.numpy().transpose(1, 2, 0), expected)
+    assert np.array_equal(sample.photograph, np.asarray(noise_image(5, 7)))
+    assert sample.classes == [0, 2]
+    assert sample.maps.dtype == torch.float32
+    assert sample.maps.shape == (2, 5, 7)
+    assert (sample.maps[0] == 1).all()
+    assert (sample.maps[1] == 0.5).all()
+
+
+def test_inference_of_an_image_without_maps(root, devkit, tmp_path):
+    write_image(root, "a", noise_image(5, 7))
+    save_maps(tmp_path / "a.npy", {})
+    sample = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)[0]
+    assert sample.classes == []
+    assert sample.maps.shape == (0, 5, 7)
+
+
+def test_inference_refuses_maps_that_do_not_fit(root, devkit, tmp_path):
+    write_image(root, "a", noise_image(5, 7))
+    dataset = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)
+    save_maps(tmp_path / "a.npy", {0: np.zeros((7, 5))})
+    with pytest.raises(DataError, match=r"a\.npy: .*differ in size \(5 x 7 and 7 x 5\)"):
+        dataset[0]
+    save_maps(tmp_path / "a.npy", {3: np.zeros((5, 7))})
+    with pytest.raises(DataError, match=r"a\.npy: has a map of class 3.*3 classes.*--classes"):
+        dataset[0]
+
+
+def test_index_image_gives_labels_back():
+    local = np.array([[0, 1], [2, 1]])
+    label = index_image(local, [4, 19])
+    assert label.dtype == np.uint8
+    assert label.tolist() == [[0, 5], [20, 5]]
+    assert index_image(np.zeros((2, 2), int), []).tolist() == [[0, 0], [0, 0]]
