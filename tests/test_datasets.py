@@ -10,7 +10,6 @@ from PIL import Image
 
 from tool.labels import VOID, index_image
 from tool.maps import save_maps
-from tool.run.errors import DataError
 from voc12 import datasets as data
 from voc12.devkit import Devkit
 
@@ -198,30 +197,6 @@ def test_affinity_crops_depend_on_seed_epoch_and_id_only(affinity_world):
     assert not torch.equal(first[0], other[0])
 
 
-@pytest.mark.parametrize("folder", ["la", "ha"])
-def test_affinity_scores_of_another_size(folder, affinity_world, tmp_path):
-    save_maps(tmp_path / folder / "a.npy", {k: v[:, :-1] for k, v in affinity_world.maps.items()})
-    with pytest.raises(DataError, match=r"differ in size.*32 x 63.*32 x 64") as error:
-        affinity_set(affinity_world)[0, 0]
-    assert str(tmp_path / folder / "a.npy") in str(error.value)
-
-
-@pytest.mark.parametrize("keys", [(0, 1), (1, 3)])
-def test_affinity_scores_of_other_classes(keys, affinity_world, tmp_path):
-    kept = {key: affinity_world.maps[key] for key in keys}
-    save_maps(tmp_path / "ha" / "a.npy", kept)
-    if 0 not in keys:
-        save_maps(tmp_path / "la" / "a.npy", kept)
-    with pytest.raises(DataError, match=r"la.a\.npy and .*ha.a\.npy: must hold the background"):
-        affinity_set(affinity_world)[0, 0]
-
-
-def test_missing_affinity_scores_are_named(affinity_world, tmp_path):
-    (tmp_path / "ha" / "a.npy").unlink()
-    with pytest.raises(DataError, match=r"ha.a\.npy"):
-        affinity_set(affinity_world)[0, 0]
-
-
 # Stage 4
 
 
@@ -248,17 +223,6 @@ def test_inference_of_an_image_without_maps(root, devkit, tmp_path):
     sample = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)[0]
     assert sample.classes == []
     assert sample.maps.shape == (0, 5, 7)
-
-
-def test_inference_refuses_maps_that_do_not_fit(root, devkit, tmp_path):
-    write_image(root, "a", noise_image(5, 7))
-    dataset = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)
-    save_maps(tmp_path / "a.npy", {0: np.zeros((7, 5))})
-    with pytest.raises(DataError, match=r"a\.npy: .*differ in size \(5 x 7 and 7 x 5\)"):
-        dataset[0]
-    save_maps(tmp_path / "a.npy", {3: np.zeros((5, 7))})
-    with pytest.raises(DataError, match=r"a\.npy: has a map of class 3.*3 classes.*--classes"):
-        dataset[0]
 
 
 def test_index_image_gives_labels_back():

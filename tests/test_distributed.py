@@ -164,11 +164,6 @@ def test_lost_rank_is_one_clear_error_of_the_others(runs):
     left.assert_failed(1, "process 0 of 2 has lost the others")
 
 
-def test_more_ranks_than_images_in_a_step_are_refused(runs):
-    for outcome in runs[1]["crowded"]:
-        outcome.assert_failed(2, "--batch_size 1", "2 processes")
-
-
 def test_torchrun_starts_training(runs):
     folder, _ = runs
     (folder / "torchrun").mkdir()
@@ -221,18 +216,6 @@ def test_shares_of_the_affinity_loss_add_up_to_the_whole():
         assert sum(share[name] for share in shares).item() == pytest.approx(value.item(), rel=1e-12)
 
 
-def test_a_process_started_alone_is_the_first_of_one():
-    tensor = torch.ones(2, requires_grad=True)
-    with devices.process_group(CPU):
-        assert (devices.rank(), devices.world_size()) == (0, 1)
-        assert devices.is_main()
-        assert devices.gather("x") == ["x"]
-        assert torch.equal(devices.sum_over_ranks(tensor), torch.ones(2))
-        assert not devices.sum_over_ranks(tensor).requires_grad
-        net = torch.nn.Linear(1, 1)
-        assert devices.data_parallel(net, CPU) is net
-
-
 # Devices
 
 
@@ -257,12 +240,6 @@ def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match=r"2 processes .* with 1 GPU.*--nproc_per_node"):
         devices.choose_device("cuda")
-
-
-@pytest.mark.parametrize(("flags", "hint"), [("--tf32", "--amp bf16"), ("--amp fp16", "bf16")])
-def test_switches_that_a_cpu_lacks_are_refused(flags, hint, runs):
-    outcome = run_program(f"{COMMANDS['cls']} --device cpu {flags}", runs[0])
-    outcome.assert_failed(2, flags, hint)
 
 
 @each_program

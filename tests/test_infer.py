@@ -13,10 +13,7 @@ from forked import run_forked
 from helpers import Outcome, contents, noise_image, run_program
 
 from network import tiny_aff, tiny_cls
-from tool.cam import multi_scale_cam
 from tool.maps import load_index_png, load_maps
-from tool.run.devices import autocast
-from tool.transforms import rescale, to_chw
 from voc12 import toy
 from voc12.devkit import read_ids
 
@@ -160,13 +157,6 @@ def test_other_lists_share_the_folders(folder, undisturbed):
     assert contents(folder / "out") == undisturbed["cls"]
 
 
-def test_an_image_that_is_listed_twice_is_done_once(folder, undisturbed):
-    ids = ids_of(folder)
-    (folder / "list.txt").write_text("\n".join([*ids, *ids]))
-    run_program(COMMANDS["aff"], folder).check()
-    assert contents(folder / "out") == undisturbed["aff"]
-
-
 def test_missing_pictures_of_the_walk_are_made(finished, undisturbed):
     folder = finished("aff")
     first = ids_of(folder)[0]
@@ -267,7 +257,7 @@ def test_interrupted_overwrite_continues_without_it(finished, monkeypatch):
     assert contents(folder / "out") == after
 
 
-@pytest.mark.parametrize("record", [None, "", "{}", "[1]", '{"origin": 1, "settings": {}}'])
+@pytest.mark.parametrize("record", [None, "", "{}"])
 def test_outputs_without_a_record_are_refused(record, finished):
     folder = finished("aff")
     path = folder / "out" / "rw" / ".settings_of_pictures.json"
@@ -318,8 +308,9 @@ def test_killed_again_and_again_and_repeated_gives_the_same_bytes(undisturbed, d
         assert finished_files(tmp_path / name) == undisturbed[name], renames
 
 
-@each_program
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("name", "number", "code"), [("cls", signal.SIGTERM, 143), ("aff", signal.SIGINT, 130)]
+)
 def test_signal_ends_between_two_images(name, number, code, folder, undisturbed, monkeypatch):
     records = 4 if name == "cls" else 1
     files = 4 if name == "cls" else 1
@@ -411,8 +402,7 @@ def test_skip_bad_continues_past_missing_maps_and_labels(folder):
     outcome.assert_failed(1, f"1 of 6 images could not be used and were skipped ({ids[0]})")
 
 
-@each_program
-@pytest.mark.parametrize("file", [1, 7])
+@pytest.mark.parametrize(("name", "file"), [("cls", 1), ("cls", 7), ("aff", 7)])
 def test_full_disk_damages_no_finished_file(name, file, folder, undisturbed, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -561,36 +551,6 @@ def test_bf16_changes_the_maps_by_less_than_two_per_cent(folder, undisturbed):
     assert 0 < max(differences) < 0.02
 
 
-def test_bf16_changes_few_labels(finished):
-    folder = finished("aff")
-    run_program(f"{COMMANDS['aff']} --amp bf16 --out_rw half", folder).check()
-    labels = [
-        np.concatenate([load_index_png(rw / f"{i}.png").ravel() for i in ids_of(folder)])
-        for rw in (folder / "out" / "rw", folder / "half")
-    ]
-    assert len(np.unique(labels[0])) > 2
-    assert (labels[0] == labels[1]).mean() > 0.98
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeded_net", ["vgg16_cls"], indirect=True)
-def test_bf16_leaves_vggs_maps_within_two_per_cent(seeded_net):
-    scaled = [
-        torch.from_numpy(to_chw(seeded_net.normalize(np.asarray(rescale(IMAGE, scale)))))
-        for scale in (1, 0.5, 1.5, 2)
-    ]
-    size, classes = (IMAGE.height, IMAGE.width), range(20)
-    with torch.no_grad():
-        exact = multi_scale_cam(seeded_net, scaled, size, classes)
-        with autocast(CPU, "bf16"):
-            rounded = multi_scale_cam(seeded_net, scaled, size, classes)
-    difference = (rounded - exact).abs()  # of maps in 0..1
-    assert 0 < difference.mean(dim=(1, 2)).max() < 0.01
-    # The square root in VGG's CAMs is steep at zero: of classes that are hardly seen, single pixels
-    # differ by more.
-    assert (difference < 0.02).float().mean() > 0.99
-
-
 @each_program
 def test_compile_compiles_what_is_called(name, folder, monkeypatch):
     compiled = []
@@ -602,14 +562,6 @@ def test_compile_compiles_what_is_called(name, folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", note)
     run_program(f"{COMMANDS[name]} --compile", folder).check()
     assert compiled == [{"cls": "forward_cam", "aff": "forward_features"}[name]]
-
-
-@each_program
-@pytest.mark.parametrize(("flags", "hint"), [("--tf32", "--amp bf16"), ("--amp fp16", "bf16")])
-def test_switches_that_a_cpu_lacks_are_refused(name, flags, hint, folder):
-    outcome = run_program(f"{COMMANDS[name]} {flags}", folder)
-    outcome.assert_failed(2, flags, hint)
-    assert not (folder / "out").exists()
 
 
 # Files that nobody would finish
@@ -625,10 +577,3 @@ def test_old_unfinished_files_are_removed(folder, undisturbed):
     # The other one may still be growing.
     expected = undisturbed["aff"] | {"rw/.b.png.4567.tmp": b"half"}
     assert contents(folder / "out") == expected
-
-
-def test_a_program_without_outputs_to_make_reads_no_image(finished):
-    folder = finished("aff")
-    shutil.rmtree(folder / "VOC" / "JPEGImages")
-    (folder / "VOC" / "JPEGImages").mkdir()
-    run_program(COMMANDS["aff"], folder).check()

@@ -165,16 +165,6 @@ def test_program_that_fails_does_not_wait_for_its_loader_processes():
     assert "KeyError" in done.stderr
 
 
-class Objects(list):
-    """A dataset of what no collating knows."""
-
-
-def test_samples_come_one_by_one_whatever_they_hold():
-    objects = Objects([object(), {"a": object()}])
-    with load_each(objects, 0) as samples:
-        assert list(samples) == objects
-
-
 @pytest.mark.parametrize("length", [0, 1, 50])
 def test_shuffled_is_a_permutation(length):
     order = shuffled(length, seed=3, epoch=1)

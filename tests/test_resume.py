@@ -197,14 +197,6 @@ def test_resume_from_another_place(stopped, undisturbed, folder, tmp_path):
     assert (tmp_path / "kept").exists()
 
 
-def test_finished_run_trains_again(stopped, undisturbed, tmp_path):
-    path = copy_of(stopped, "aff", tmp_path)
-    for resumed in (True, False):
-        outcome = run_program(COMMANDS["aff"], path).check()
-        assert ("resumed" in outcome.out) == resumed
-        assert figures(path) == undisturbed["aff"]
-
-
 # Refused
 
 
@@ -233,12 +225,6 @@ def test_settings_that_differ_are_named(flags, words, stopped, tmp_path):
     torch.save(torch.load(path / "out/run.ckpt")["network"], path / "out" / "start.pth")
     command = f"{COMMANDS['cls']} {flags}"
     assert_refused(path, command, "out/run.ckpt: ", words, "--resume never")
-
-
-def test_checkpoint_of_the_other_stage_is_refused(stopped, tmp_path):
-    path = copy_of(stopped, "cls", tmp_path)
-    words = ("--network (network.tiny_cls there, network.tiny_aff here)", "--la_crf_dir")
-    assert_refused(path, COMMANDS["aff"], *words)
 
 
 def test_data_that_changed_is_named(stopped, tmp_path):
@@ -283,11 +269,6 @@ class Deadly:
 
     def __reduce__(self):
         return os._exit, (7,)
-
-
-def test_checkpoint_that_does_not_exist(stopped):
-    command = f"{COMMANDS['cls']} --resume nowhere.ckpt"
-    assert_refused(stopped["cls"][0], command, "nowhere.ckpt: no such checkpoint", "--resume")
 
 
 def test_full_disk_leaves_the_last_checkpoint(folder, undisturbed, monkeypatch):

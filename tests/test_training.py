@@ -96,12 +96,6 @@ def test_momentum_is_the_decay_unless_given():
     assert momenta(0.0) == {0}
 
 
-def test_optimizer_is_plain_sgd():
-    optimizer = build_optimizer(FourGroups(), LR, DECAY)
-    assert type(optimizer) is torch.optim.SGD
-    assert not any(group["nesterov"] or group["dampening"] for group in optimizer.param_groups)
-
-
 @pytest.mark.parametrize("step", [0, 1, 7, 19])
 def test_learning_rate_falls_by_the_power_0_9(step):
     optimizer = build_optimizer(FourGroups(), LR, DECAY)
@@ -137,14 +131,6 @@ def test_schedule_of_a_list_smaller_than_a_batch_is_a_data_error():
     with pytest.raises(DataError, match=r"few\.txt.* 7 images .*batch of 8.*--batch_size"):
         make_schedule(7, args)
     assert make_schedule(8, args) == Schedule(8, 8, 2)
-
-
-def test_arguments_default_to_the_method():
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser, batch_size=8, epochs=3, crop_size=448)
-    args = parser.parse_args(["--weights", "none"])
-    assert (args.batch_size, args.max_epoches, args.crop_size) == (8, 3, 448)
-    assert (args.lr, args.wt_dec, args.momentum) == (0.1, 5e-4, None)
 
 
 def test_session_is_named_after_the_network_unless_named():
@@ -219,16 +205,6 @@ def test_checkpoint_is_not_written_after_a_loss_that_is_not_finite(training):
     with pytest.raises(DataError, match="step 1 "):
         train_epoch(run, _batches(math.nan, 0.01, 0.01))
     assert not run.checkpoint.exists()
-
-
-def test_losses_are_read_every_few_steps_only(training, monkeypatch):
-    reads = []
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(len(x)) or read(x))
-    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("a step waits for its loss"))
-    run = training(FourGroups(), 10, flags="--log_every 4 --lr 1e-6")
-    train_epoch(run, _batches(*[0.1] * 10))
-    assert reads == [4, 4, 2]
 
 
 def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,10 @@ class _Reporting(Dataset):
             return error
 
 
-class _ReportingCollate:
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, samples: Sequence) -> Any:
-        for sample in samples:
-            if isinstance(sample, DataError):
-                return sample
-        return self.collate(samples)
+def _collate(collate: Callable, samples: Sequence) -> Any:
+    """The batch, or the first DataError among its samples."""
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    return errors[0] if errors else collate(samples)
 
 
 @contextmanager
@@ -68,7 +64,7 @@ def _loader(
             _Reporting(dataset),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=_ReportingCollate(collate),
+            collate_fn=partial(_collate, collate),
             pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
             # Without one of its own, it would draw from the generator that dropout draws from.
