@@ -37,18 +37,9 @@ from tool.random_walk import (
     walk_trace,
 )
 from tool.run import cli
-from tool.run.devices import (
-    StopSignals,
-    Switches,
-    autocast,
-    choose_device,
-    configure_backends,
-    print_main,
-    process_group,
-    to_device,
-)
+from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
-from tool.run.inference import LONGEST_WAIT, Run
+from tool.run.inference import Run, join_ranks
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
@@ -200,15 +191,13 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
 
 
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
-    switches = Switches(args.amp, args.tf32, args.compile)
-    configure_backends(device, switches, fixed_size=False)
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     args.trace_ids = choose_traced(args, ids)
     net = args.network.Net(radius=args.radius)
     load_for_inference(net, args.weights, print_main)
-    to_device(net, device, switches, "forward_features").eval()
+    to_device(net, device, Switches(args.amp, args.tf32, args.compile), "forward_features").eval()
     folders = output_folders(args, devkit)
     run = Run("infer_aff", ids, folders, stop, args.overwrite, args.skip_bad)
     if not args.skip_bad:
@@ -222,8 +211,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
 
 
 def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.device)
-    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+    with join_ranks(args.device) as (device, stop):
         infer_list(args, device, stop)
 
 

@@ -27,18 +27,9 @@ from tool.crf import background_and_maps, dense_crf
 from tool.labels import index_image
 from tool.maps import MAP_FORMATS, save_index_png, save_maps
 from tool.run import cli
-from tool.run.devices import (
-    StopSignals,
-    Switches,
-    autocast,
-    choose_device,
-    configure_backends,
-    print_main,
-    process_group,
-    to_device,
-)
+from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
-from tool.run.inference import LONGEST_WAIT, Run
+from tool.run.inference import Run, join_ranks
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest, settings_of, weights_settings
 from tool.weights import load_for_inference
@@ -161,14 +152,12 @@ def infer_image(
 
 
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
-    switches = Switches(args.amp, args.tf32, args.compile)
-    configure_backends(device, switches, fixed_size=False)
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
     net = args.network.Net(num_classes=len(devkit.class_names))
     load_for_inference(net, args.weights, print_main)
-    to_device(net, device, switches, "forward_cam").eval()
+    to_device(net, device, Switches(args.amp, args.tf32, args.compile), "forward_cam").eval()
     folders = output_folders(args, devkit)
     run = Run("infer_cls", ids, folders, stop, args.overwrite, args.skip_bad)
     if not args.skip_bad:
@@ -183,8 +172,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
 
 def main(args: argparse.Namespace) -> None:
     check_output_folders(args)
-    device = choose_device(args.device)
-    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+    with join_ranks(args.device) as (device, stop):
         infer_list(args, device, stop)
 
 

@@ -25,23 +25,17 @@ from torch import Tensor, nn
 from tool.affinity import affinity_loss, pair_labels, source_grid
 from tool.run import cli
 from tool.run.devices import (
-    StopSignals,
-    Switches,
     autocast,
     choose_device,
-    configure_backends,
     process_group,
     sum_over_ranks,
 )
 from tool.run.errors import UsageError
-from tool.run.loading import load
 from tool.run.provenance import digest, digest_maps, digest_photographs
 from tool.run.training import (
     end_epoch,
     finish,
-    make_schedule,
-    remaining_batches,
-    session_name,
+    open_batches,
     start_training,
     train_one_epoch,
 )
@@ -100,12 +94,10 @@ def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) 
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    configure_backends(device, Switches(args.amp, args.tf32, args.compile))
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
-    devkit.require_output("--session_name", session_name(args))
+    devkit.require_output("--session_name", args.session_name)
     train_ids = read_ids(args.train_list)
-    schedule = make_schedule(len(train_ids), args)
 
     net = args.network.Net(radius=args.radius)
     check_crop_size(args.crop_size, net.stride, args.radius)
@@ -130,17 +122,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return pair_losses(model, *batch, args.radius, device, args.amp)
 
     contents = digests(args, devkit, train_ids)
-    training = start_training(args, net, schedule, device, contents, notes)
-    order = remaining_batches(schedule, args.seed, training.step)
-    with (
-        StopSignals() as stop,
-        load(train_set, order, args.num_workers, pin_memory=device.type == "cuda") as batches,
-    ):
-        while training.epoch < schedule.epochs:
-            losses = train_one_epoch(training, batches, losses_of, stop)
+    training = start_training(args, net, len(train_ids), device, contents, notes)
+    with open_batches(training, train_set, args.num_workers) as batches:
+        while training.epoch < args.max_epoches:
+            losses = train_one_epoch(training, batches, losses_of)
             summary = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             end_epoch(training, summary)
-    finish(training)
+        finish(training)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -29,10 +29,8 @@ from torch import Tensor, nn
 from tool.run import cli
 from tool.run.devices import (
     StopSignals,
-    Switches,
     autocast,
     choose_device,
-    configure_backends,
     is_main,
     process_group,
     shard,
@@ -47,9 +45,7 @@ from tool.run.training import (
     end_epoch,
     finish,
     leave_if_stopped,
-    make_schedule,
-    remaining_batches,
-    session_name,
+    open_batches,
     start_training,
     train_one_epoch,
 )
@@ -128,12 +124,10 @@ def digests(devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]) ->
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    configure_backends(device, Switches(args.amp, args.tf32, args.compile))
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
-    devkit.require_output("--session_name", session_name(args))
+    devkit.require_output("--session_name", args.session_name)
     train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
-    schedule = make_schedule(len(train_ids), args)
 
     net = args.network.Net(num_classes=len(devkit.class_names))
     notes: list[str] = []
@@ -152,22 +146,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return {"loss": loss * (len(images) / args.batch_size)}
 
     contents = digests(devkit, train_ids, val_ids)
-    training = start_training(args, net, schedule, device, contents, notes)
-    order = remaining_batches(schedule, args.seed, training.step)
-    with (
-        StopSignals() as stop,
-        load(train_set, order, args.num_workers, pin_memory=device.type == "cuda") as batches,
-    ):
-        while training.epoch < schedule.epochs:
-            losses = train_one_epoch(training, batches, losses_of, stop)
-            val_loss = validate(net, val_set, args, device, stop)
-            leave_if_stopped(training, stop)
+    training = start_training(args, net, len(train_ids), device, contents, notes)
+    with open_batches(training, train_set, args.num_workers) as batches:
+        while training.epoch < args.max_epoches:
+            losses = train_one_epoch(training, batches, losses_of)
+            val_loss = validate(net, val_set, args, device, training.stop)
+            leave_if_stopped(training)
             if not math.isfinite(val_loss):
                 raise diverged(f"the validation loss is not finite at step {training.step}")
             training.log.plot(training.step, {"validation loss": val_loss})
             summary = f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}"
             end_epoch(training, summary)
-    finish(training)
+        finish(training)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from tool.run.cli import add_training_arguments
-from tool.run.devices import StopSignals
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import shuffled
 from tool.run.log import Log, describe_run
@@ -62,14 +61,13 @@ def training(tmp_path):
         add_training_arguments(parser, batch_size=2, epochs=epochs, crop_size=8)
         words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
         args = parser.parse_args(words)
-        schedule = Schedule(2 * steps, args.batch_size, epochs)
-        return start_training(args, net, schedule, CPU, {}, ["a note"])
+        return start_training(args, net, 2 * steps, CPU, {}, ["a note"])
 
     return start
 
 
-def train_epoch(run, values, losses_of=_losses_of, stop=None):
-    return train_one_epoch(run, iter(values), losses_of, stop or StopSignals())
+def train_epoch(run, values, losses_of=_losses_of):
+    return train_one_epoch(run, iter(values), losses_of)
 
 
 def _batches(*values):
@@ -226,14 +224,14 @@ def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):
 
 
 def test_signal_ends_after_the_step_with_a_checkpoint(training):
-    run, stop = training(FourGroups(), 3), StopSignals()
+    run = training(FourGroups(), 3)
 
     def losses_of(net, batch):
-        stop.received = signal.SIGTERM
+        run.stop.received = signal.SIGTERM
         return _losses_of(net, batch)
 
     with pytest.raises(Interrupted, match=r"run\.ckpt .* step 1 of 3") as interrupted:
-        train_epoch(run, _batches(0.1, 0.1, 0.1), losses_of, stop)
+        train_epoch(run, _batches(0.1, 0.1, 0.1), losses_of)
     assert interrupted.value.signal_number == signal.SIGTERM
     assert training(FourGroups(), 3).step == 1
 

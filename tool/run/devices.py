@@ -80,7 +80,7 @@ def _device_of_local_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
-def configure_backends(device: torch.device, switches: Switches, fixed_size: bool = True) -> None:
+def configure_backends(device: torch.device, switches: Switches, fixed_size: bool) -> None:
     """Apply ``--tf32``, check ``--amp``, and let cuDNN search for the fastest algorithms.
 
     That search pays where inputs have one ``fixed_size``: it is repeated for each new size. Raises
@@ -100,8 +100,10 @@ def to_device(
 ) -> nn.Module:
     """The network on its device, compiled with ``--compile``: as a whole, or one ``method``.
 
-    ``method`` is what inference calls; None: the network is trained.
+    ``method`` is what inference calls; None: the network is trained, on crops of one size. Raises
+    UsageError for a switch that the device does not offer.
     """
+    configure_backends(device, switches, fixed_size=method is None)
     # Tensor cores want the channels last. So does a CPU's inference, by 5 to 30 per cent of the
     # time; its training takes as long, or longer with the narrow layers of the tiny network.
     on_tensor_cores = device.type == "cuda" and (switches.amp or switches.tf32)

@@ -2,16 +2,21 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+
+import torch
 
 from tool.run import cli
 from tool.run.devices import (
     StopSignals,
+    choose_device,
     gather,
     is_main,
     is_out_of_memory,
     print_main,
+    process_group,
     shard,
     world_size,
 )
@@ -21,6 +26,14 @@ from tool.run.provenance import OutputFolder, prepare_folders, require_same_sett
 # Processes meet at the start and at the end, when the fastest may wait long for the slowest.
 LONGEST_WAIT = timedelta(days=1)
 IDS_SHOWN = 5
+
+
+@contextmanager
+def join_ranks(device_name: str) -> Iterator[tuple[torch.device, StopSignals]]:
+    """Within the block: this rank's device, and signals that wait for the end of an image."""
+    device = choose_device(device_name)
+    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+        yield device, stop
 
 
 class Run:

@@ -5,12 +5,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tool.files import remove_leftovers
@@ -33,7 +35,7 @@ from tool.run.devices import (
     world_size,
 )
 from tool.run.errors import DataError, Interrupted, UsageError
-from tool.run.loading import shuffled
+from tool.run.loading import load, shuffled
 from tool.run.log import Log, describe_run
 from tool.run.provenance import digest_weights, settings_of
 from tool.weights.pytorch import save_tensors
@@ -154,7 +156,9 @@ class Training:
     device: torch.device
     session: str
     settings: dict[str, str]
+    seed: int
     log: Log
+    stop: StopSignals
     log_every: int
     save_every: int | None
     step: int = 0  # steps done
@@ -171,7 +175,7 @@ class Training:
 def start_training(
     args: argparse.Namespace,
     net: nn.Module,
-    schedule: Schedule,
+    num_images: int,
     device: torch.device,
     contents: dict[str, str],
     notes: list[str],
@@ -182,7 +186,7 @@ def start_training(
     ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log.
     Raises DataError if the checkpoint cannot be used. All ranks must call it.
     """
-    session = session_name(args)
+    session, schedule = session_name(args), make_schedule(num_images, args)
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
     settings["weights"] = digest_weights(args.weights)
     to_device(net, device, Switches(args.amp, args.tf32, args.compile))
@@ -196,7 +200,9 @@ def start_training(
         device=device,
         session=session,
         settings=settings,
+        seed=args.seed,
         log=Log(session, describe_run(args.seed, device), args.tensorboard),
+        stop=StopSignals(),
         log_every=args.log_every,
         save_every=args.save_every,
     )
@@ -205,7 +211,7 @@ def start_training(
             remove_leftovers(path)
     found = find_checkpoint(args.resume, training.checkpoint)
     if found:
-        _restore(training, read_checkpoint(found, settings), args.seed)
+        _restore(training, read_checkpoint(found, settings))
     else:
         if is_main():
             training.checkpoint.unlink(missing_ok=True)
@@ -215,8 +221,17 @@ def start_training(
     return training
 
 
+@contextmanager
+def open_batches(training: Training, dataset: Dataset, num_workers: int) -> Iterator[Iterator[Any]]:
+    """Within the block: the batches of all steps to come; signals wait for the end of a step."""
+    order = remaining_batches(training.schedule, training.seed, training.step)
+    on_gpu = training.device.type == "cuda"
+    with training.stop, load(dataset, order, num_workers, pin_memory=on_gpu) as batches:
+        yield batches
+
+
 def train_one_epoch(
-    training: Training, batches: Iterator[Any], losses_of: Losses, stop: StopSignals
+    training: Training, batches: Iterator[Any], losses_of: Losses
 ) -> dict[str, float]:
     """Take the steps that the epoch still lacks; returns the mean of each loss over all its steps.
 
@@ -256,7 +271,7 @@ def train_one_epoch(
                 row = _log_row(training, images / (now - timed_from))
                 timed_from, timed_step = now, training.step
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            leave_if_stopped(training, stop)
+            leave_if_stopped(training)
             if training.save_every and training.step % training.save_every == 0:
                 save_checkpoint(training)
     return _means(training.losses)
@@ -309,9 +324,9 @@ def diverged(what: str) -> DataError:
     return DataError(f"{what}; no weights were written; try a smaller --lr.")
 
 
-def leave_if_stopped(training: Training, stop: StopSignals) -> None:
+def leave_if_stopped(training: Training) -> None:
     """Write a checkpoint and raise Interrupted if a signal came; all ranks must call it."""
-    number = stop.agreed()
+    number = training.stop.agreed()
     if number:
         save_checkpoint(training)
         raise Interrupted(
@@ -350,7 +365,7 @@ def save_checkpoint(training: Training) -> None:
         write_checkpoint(training.checkpoint, content)
 
 
-def _restore(training: Training, content: dict[str, Any], seed: int) -> None:
+def _restore(training: Training, content: dict[str, Any]) -> None:
     training.net.load_state_dict(content["network"])
     training.optimizer.load_state_dict(content["optimizer"])
     training.scaler.load_state_dict(content["scaler"])
@@ -360,7 +375,7 @@ def _restore(training: Training, content: dict[str, Any], seed: int) -> None:
     if rank() < len(content["random"]):
         restore_random_states(content["random"][rank()], training.device)
     else:
-        seed_rank(seed, training.step)
+        seed_rank(training.seed, training.step)
 
 
 def finish(training: Training) -> None:
