@@ -1,18 +1,19 @@
-"""The two heads, written once: a classifier with class activation maps, and AffinityNet.
+"""The two heads: a classifier with class activation maps, and AffinityNet.
 
-A network is a head mixed with a backbone, ``class Net(ClassifierHead, vgg16d.Backbone)``, because
-published weights name a head's layers beside the backbone's (``fc8.weight``, ``conv1_1.weight``).
+A network inherits from a head and a backbone, ``class Net(ClassifierHead, vgg16d.Backbone)``:
+published weights name the head's layers on one level with the backbone's (``fc8.weight``,
+``conv1_1.weight``).
 
-A backbone offers:
+A backbone has:
 
 ``stride``
-    pixels a feature cell;
+    pixels per feature cell;
 ``level_channels``
     the channels of its three feature levels, all of that stride, lowest first;
 ``forward_levels(x)``
-    B x 3 x H x W -> those three, each B x channels x h x w;
+    B x 3 x H x W -> the three levels, each B x channels x h x w;
 ``normalize(image)``
-    uint8 H x W x 3 RGB -> float32 H x W x 3, as its pretrained weights expect;
+    uint8 H x W x 3 RGB -> float32 H x W x 3, as the pretrained weights expect;
 ``frozen``
     the names of the modules whose parameters do not train.
 """
@@ -23,17 +24,18 @@ from torch import Tensor, nn
 
 from tool.affinity import pair_affinity
 
-# Dropout on the features that go into the classifier (released code).
+# Dropout of the classifier's features (released code).
 CLASSIFIER_DROPOUT = 0.5
-# Channels that the three levels are reduced to, and the gain of the layer that mixes them.
+# Channels to which the three levels are reduced, and the gain of the layer that mixes them
+# (released code).
 AFFINITY_CHANNELS = (64, 128, 256)
 AFFINITY_MIX_GAIN = 4
 
 
 class _Head(nn.Module):
-    """What both heads share: what is frozen, and who belongs to which optimizer group."""
+    """The frozen layers and the parameter groups of both heads."""
 
-    # Modules that pretrained weights do not have, and those of them that learn ten times faster.
+    # Modules that pretrained weights lack, and those of them with ten times the learning rate.
     new_layers: tuple[str, ...] = ()
     fast_layers: tuple[str, ...] = ()
 
@@ -45,7 +47,7 @@ class _Head(nn.Module):
                 module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "_Head":
-        """Training mode, except that batch norm keeps running on its stored statistics."""
+        """Set the mode, but keep batch norm in evaluation mode and frozen layers frozen."""
         super().train(mode)
         self._freeze()
         for module in self.modules():
@@ -54,7 +56,7 @@ class _Head(nn.Module):
         return self
 
     def get_parameter_groups(self) -> tuple[list, list, list, list]:
-        """The parameters that train: pretrained weights, their biases, new weights, new biases."""
+        """The trainable parameters: pretrained weights and biases, new weights and biases."""
         groups: tuple[list, list, list, list] = ([], [], [], [])
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -65,7 +67,7 @@ class _Head(nn.Module):
 
 
 class ClassifierHead(_Head):
-    """Image-level classification by a 1x1 convolution, whose maps before pooling are the CAMs.
+    """Image-level classification by a 1x1 convolution; its maps before pooling are the CAMs.
 
     Sec. 3.1 of the paper, eq. (1).
     """
@@ -85,18 +87,18 @@ class ClassifierHead(_Head):
         return self.fc8(features).mean(dim=(2, 3))
 
     def forward_cam(self, x: Tensor) -> Tensor:
-        """Normalized images B x 3 x H x W -> CAMs B x classes x h x w, not negative."""
+        """Normalized images B x 3 x H x W -> CAMs B x classes x h x w, at least 0."""
         return self.scale_cam(F.relu(self.fc8(self.forward_levels(x)[-1])))
 
     def scale_cam(self, cam: Tensor) -> Tensor:
-        """A backbone's own scaling of its CAMs; none, unless a network overrides it."""
+        """Scaling of the CAMs that a network may override; the identity by default."""
         return cam
 
 
 class AffinityHead(_Head):
-    """AffinityNet: features of three levels, mixed, whose L1 distance is a pair's affinity.
+    """AffinityNet: mixes features of three levels; their L1 distance gives a pair's affinity.
 
-    Sec. 3.2 of the paper and its Figure 3.
+    Sec. 3.2 of the paper and Figure 3.
     """
 
     new_layers = fast_layers = ("f8_3", "f8_4", "f8_5", "f9")
@@ -116,7 +118,7 @@ class AffinityHead(_Head):
         self._freeze()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalized images B x 3 x H x W -> the features to compare, B x C x h x w."""
+        """Normalized images B x 3 x H x W -> the features that pairs compare, B x C x h x w."""
         low, middle, high = self.forward_levels(x)
         low = F.elu(self.normalize_level("3", self.f8_3(low)))
         middle = F.elu(self.normalize_level("4", self.f8_4(middle)))
@@ -124,7 +126,7 @@ class AffinityHead(_Head):
         return F.elu(self.f9(torch.cat([low, middle, high], dim=1)))
 
     def normalize_level(self, level: str, x: Tensor) -> Tensor:
-        """A network's own normalization of a reduced level ("3", "4" or "5"); none by default."""
+        """Normalization of a reduced level ("3", "4" or "5"); the identity by default."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Wide ResNet-38, model A1 (Wu, Shen, van den Hengel 2016), dilated to stride 8.
 
-Pre-activation blocks: x' = relu(bn_branch2a(x)); the shortcut is conv_branch1(x') where the shape
-changes and x elsewhere; the branch starts from x'. Batch norm runs on its stored statistics.
+Pre-activation blocks: x' = relu(bn_branch2a(x)); the shortcut is conv_branch1(x') if the shape
+changes, else x; the branch starts from x'. Batch norm uses its stored statistics.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ STD_RGB = (0.229, 0.224, 0.225)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions. ``first_dilation`` is the first one's, where it differs."""
+    """Two 3x3 convolutions. ``first_dilation`` is the first one's, if it differs."""
 
     def __init__(
         self,

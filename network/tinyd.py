@@ -1,7 +1,7 @@
 """A small stride-8 backbone that trains from scratch on a CPU in minutes.
 
-For the demo and for fast tests only. It is no part of the method, and results made with it say
-nothing about the method.
+For the demo and for tests only. It is not part of the method, and its results do not measure the
+method.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Convolutions 3x3 with ReLU: name, channels in, out, stride, dilation. Those with a stride have
-# group norm; the last two have none, because normalized maps hardly differ in their averages, and
-# averages are all that the classifier sees.
+# group norm; the last two have none, because the classifier uses the maps' averages, and normalized
+# maps hardly differ in these.
 LAYERS = (
     ("trunk0", 3, 32, 2, 1),
     ("trunk1", 32, 48, 2, 1),

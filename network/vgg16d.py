@@ -4,18 +4,18 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The training images' mean in ImageNet's Caffe models, BGR, 0..255.
+# Mean of the training images of ImageNet's Caffe models, BGR, 0..255.
 MEAN_BGR = (104.008, 116.669, 122.675)
 FC6_DROPOUT = 0.5
 
 # (convolutions, channels, dilation) of the stages conv1_* to conv5_*.
 STAGES = ((2, 64, 1), (2, 128, 1), (3, 256, 1), (3, 512, 1), (3, 512, 2))
-# Stride of the pooling after each of the first four stages; nothing is pooled after conv5_3.
+# Stride of the pooling after each of the first four stages; there is no pooling after conv5_3.
 POOL_STRIDES = (2, 2, 2, 1)
 
 
 class Backbone(nn.Module):
-    """The layers conv1_1 to fc7. ``fc6_dilation`` is set by the network that uses it."""
+    """The layers conv1_1 to fc7. The network sets ``fc6_dilation``."""
 
     level_channels = (512, 512, 1024)
     stride = 8
@@ -35,7 +35,7 @@ class Backbone(nn.Module):
 
     @staticmethod
     def normalize(image: np.ndarray) -> np.ndarray:
-        """uint8 H x W x 3 RGB -> float32 H x W x 3 BGR without the mean, scale 0..255."""
+        """uint8 H x W x 3 RGB -> float32 H x W x 3 BGR minus the mean, scale 0..255."""
         return image[..., ::-1].astype(np.float32) - np.array(MEAN_BGR, np.float32)
 
     def _forward_stage(self, stage: int, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
     def forward_levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """B x 3 x H x W -> the outputs of conv4_3 (512), conv5_3 (512) and fc7 (1024), stride 8."""
         for stage, stride in enumerate(POOL_STRIDES, start=1):
-            conv4 = self._forward_stage(stage, x)  # in the end, the fourth stage's
+            conv4 = self._forward_stage(stage, x)  # after the loop, the fourth stage's output
             x = F.max_pool2d(conv4, kernel_size=3, stride=stride, padding=1)
         conv5 = self._forward_stage(5, x)
         x = F.dropout2d(F.relu(self.fc6(conv5)), FC6_DROPOUT, self.training)

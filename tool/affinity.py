@@ -1,8 +1,8 @@
-"""Pairs of nearby cells on a feature grid: which they are, their affinity, labels and loss.
+"""Pairs of nearby cells on a feature grid, and their affinities, labels and loss (Sec. 3.2).
 
 A pair is (source, source + offset). Pair tensors are B x offsets x sources, offsets in the order of
 ``pair_offsets`` and sources row by row. Sources are clipped so that every offset stays on the grid:
-the last ``radius - 1`` rows and the first and last ``radius - 1`` columns are none.
+the last ``radius - 1`` rows and the first and last ``radius - 1`` columns are not sources.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from tool.labels import VOID
 
 # Keeps logarithms finite and divisions defined (released code).
 EPSILON = 1e-5
-# A cell whose every score is below this has no label at all (released code).
+# A cell whose scores are all below this is void (released code).
 NO_SCORE = 1e-5
 
 
 def pair_offsets(radius: int) -> list[tuple[int, int]]:
-    """The offsets (dy, dx) that make each unordered pair nearer than ``radius`` once.
+    """The offsets (dy, dx) that give each unordered pair nearer than ``radius`` cells once.
 
     First (0, 1..radius-1), then each dy from 1 with dx ascending (Sec. 3.2.2, gamma).
     """
@@ -36,7 +36,7 @@ def pair_offsets(radius: int) -> list[tuple[int, int]]:
 
 
 def source_grid(height: int, width: int, radius: int) -> tuple[int, int]:
-    """Rows and columns of sources on a height x width grid; 0 where the grid is too small."""
+    """(Rows, columns) of the sources on a height x width grid; 0 where the grid is too small."""
     reach = radius - 1
     return max(0, height - reach), max(0, width - 2 * reach)
 
@@ -52,7 +52,7 @@ def shifted_view(grid: Tensor, offset: tuple[int, int], radius: int) -> Tensor:
 
 
 def pair_indices(height: int, width: int, radius: int) -> tuple[Tensor, Tensor]:
-    """Row-major cell numbers of the pairs: int64 [sources] and their targets, offsets x sources."""
+    """Row-major cell numbers of the pairs: sources, int64 [S], and targets, int64 offsets x S."""
     cells = torch.arange(height * width).view(height, width)
     sources = shifted_view(cells, (0, 0), radius).reshape(-1)
     targets = [shifted_view(cells, offset, radius).reshape(-1) for offset in pair_offsets(radius)]
@@ -64,12 +64,12 @@ def pair_affinity(features: Tensor, radius: int, full_graph: bool = False) -> Te
 
     Features B x C x h x w -> affinities B x offsets x sources, in 0..1, float32 (float64 where the
     features are). With ``full_graph`` every cell is a source, h * w of them, and the affinity of a
-    pair that leaves the grid is 0. Gradients flow to the features, but not twice.
+    pair that leaves the grid is 0. Differentiable once.
     """
     if features.dtype in (torch.float16, torch.bfloat16):
-        # A mean over hundreds of channels needs more digits, under autocast too.
+        # A mean over hundreds of channels needs float32, also under autocast.
         features = features.float()
-    # Networks may compute with the channels last, but here each channel's rows are compared.
+    # A network may use channels-last memory; shifted views are faster with whole rows.
     features = features.contiguous()
     if not full_graph:
         return _PairAffinity.apply(features, radius)
@@ -83,10 +83,10 @@ def pair_affinity(features: Tensor, radius: int, full_graph: bool = False) -> Te
 
 
 class _PairAffinity(torch.autograd.Function):
-    """Streams over the offsets by shifted views, with one difference of features at a time.
+    """Computes one offset at a time from shifted views of the features.
 
-    The two gathered tensors of all pairs' features never exist. For the gradient only the features
-    and the affinities are kept.
+    The features of all pairs are never in memory together; the backward pass needs the features
+    and the affinities only.
     """
 
     @staticmethod
@@ -113,8 +113,8 @@ class _PairAffinity(torch.autograd.Function):
     def backward(ctx, grad_affinity: Tensor) -> tuple[Tensor, None]:
         features, affinity = ctx.saved_tensors
         radius, offsets = ctx.radius, pair_offsets(ctx.radius)
-        # By f_j, the derivative of exp(-mean |f_j - f_i|) is -exp(...) sign(f_j - f_i) / channels;
-        # by f_i it is the opposite.
+        # The derivative of exp(-mean |f_j - f_i|) by f_j is -exp(...) sign(f_j - f_i) / channels;
+        # by f_i it is the negative of that.
         slope = (grad_affinity * affinity).div_(-features.shape[1])
         slope = slope.unflatten(2, source_grid(*features.shape[-2:], radius)).unsqueeze(2)
         gradient = torch.zeros_like(features, memory_format=torch.contiguous_format)
@@ -122,24 +122,24 @@ class _PairAffinity(torch.autograd.Function):
             part, part_gradient = features[images], gradient[images]
             source = shifted_view(part, (0, 0), radius)
             source_gradient = shifted_view(part_gradient, (0, 0), radius)
-            share = torch.empty_like(source, memory_format=torch.contiguous_format)
+            by_target = torch.empty_like(source, memory_format=torch.contiguous_format)
             for index, offset in enumerate(offsets):
-                torch.sub(shifted_view(part, offset, radius), source, out=share)
-                share.sign_().mul_(slope[images, index])
-                shifted_view(part_gradient, offset, radius).add_(share)
-                source_gradient.sub_(share)
+                torch.sub(shifted_view(part, offset, radius), source, out=by_target)
+                by_target.sign_().mul_(slope[images, index])
+                shifted_view(part_gradient, offset, radius).add_(by_target)
+                source_gradient.sub_(by_target)
         return gradient, None
 
 
 def _portions(features: Tensor) -> list[slice]:
-    """Which images to work on at a time: each alone in a CPU's cache, all of them on a GPU."""
+    """The images to process at a time: one on a CPU, to stay in its cache; all on a GPU."""
     if features.device.type == "cpu":
         return [slice(image, image + 1) for image in range(len(features))]
     return [slice(None)]
 
 
 def pair_labels(label: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which pairs are background, foreground and negative (Sec. 3.2.1).
+    """The background, foreground and negative pairs (Sec. 3.2.1).
 
     ``label`` is B x h x w: 0 background, 255 void. Returns three bool tensors, B x offsets x
     sources: both background; equal, neither background nor void; different, neither void.
@@ -157,17 +157,17 @@ def affinity_loss(
     background: Tensor,
     foreground: Tensor,
     negative: Tensor,
-    sum_over_shares: Callable[[Tensor], Tensor] = lambda counts: counts,
+    sum_over_shards: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> dict[str, Tensor]:
     """Cross entropy, averaged over each kind of pairs in the whole batch (eq. 6 to 9).
 
-    The four tensors are B x offsets x sources. Returns the scalars ``loss``, ``bg``, ``fg``,
-    ``neg``; loss = bg / 4 + fg / 4 + neg / 2. Where B images are only a share of the batch,
-    ``sum_over_shares`` turns their counts of pairs (int64 [3]) into the whole batch's; the scalars
-    of all shares then add up to those of the whole.
+    The four tensors are B x offsets x sources, the kinds bool. Returns the scalars ``loss``,
+    ``bg``, ``fg``, ``neg``; loss = bg / 4 + fg / 4 + neg / 2. If the B images are one shard of the
+    batch, ``sum_over_shards`` maps the shard's counts of pairs (int64 [3]) to the whole batch's;
+    the scalars of all shards then sum to those of the whole batch.
     """
     kinds = (background, foreground, negative)
-    counts = sum_over_shares(torch.stack([kind.sum() for kind in kinds]))
+    counts = sum_over_shards(torch.stack([kind.sum() for kind in kinds]))
     alike = -torch.log(affinity + EPSILON)
     unlike = -torch.log(1 + EPSILON - affinity)
     bg, fg, neg = (
@@ -180,9 +180,9 @@ def affinity_loss(
 def affinity_label(low_alpha_scores: Tensor, high_alpha_scores: Tensor, stride: int) -> Tensor:
     """Confident labels of one image's cells, from CRF scores with two alphas (Sec. 3.2.1).
 
-    Both scores are maps x H x W with the background first. They are mean-pooled by ``stride``; then
-    the low-alpha winner is the label, except that its background is not believed (void); where the
-    high-alpha winner is background, so is the cell; where there is no score at all, it is void.
+    Both scores are float maps x H x W, the background first, and are mean-pooled by ``stride``.
+    A cell is void if all its scores are zero; else background if the high-alpha argmax is
+    background; else the low-alpha argmax if that is a class; else void.
     Returns uint8 H/stride x W/stride of *local* indices (0 background, k the k-th map), 255 void.
     """
     low = F.avg_pool2d(low_alpha_scores[None], stride)[0]

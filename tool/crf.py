@@ -1,8 +1,8 @@
-"""Dense CRF (Krähenbühl and Koltun 2011) that sharpens class scores along the image's edges.
+"""Dense CRF (Krähenbühl and Koltun 2011) that aligns class scores with the image's edges.
 
 Two backends give the same numbers: ``torch``, this project's own, on any device; and
-``pydensecrf``, the module that the released code used. They differ by less than 1e-4, but for
-single pixels on the edge between two labels, where one bit of the scores moves pydensecrf's own
+``pydensecrf``, the module that the released code used. They differ by less than 1e-4, except at
+single pixels on the boundary of two labels, where one bit of the scores changes pydensecrf's own
 result by more. The parameters are the released code's.
 """
 
@@ -17,18 +17,20 @@ from tool.lattice import GaussianFilter
 from tool.random_walk import background_map
 
 BACKENDS = ("torch", "pydensecrf")
-# Scores below this count as this, so that their logarithm is finite.
+# Scores are at least this, so that their logarithm is finite.
 SCORE_FLOOR = 1e-5
-# Filters of this many image sizes are kept; one of 500 x 375 pixels takes 11 MB.
+# Position filters of this many image sizes are cached; one of 500 x 375 pixels takes 11 MB.
 CACHED_SIZES = 4
-# A mean-field step goes over the pixels in parts with this many values, so that no temporary array
-# leaves a CPU's cache.
+# A mean-field step processes the pixels in parts of this many values, so that temporary arrays fit
+# in a CPU's cache.
 VALUES_AT_ONCE = 2**19
 
 
 def background_and_maps(maps: np.ndarray, alpha: float) -> np.ndarray:
-    """[(1 - the largest score)^alpha, the maps]: K x H x W -> float32 (K + 1) x H x W, not summing
-    to one (eq. 2)."""
+    """[(1 - the largest score)^alpha, the maps] (eq. 2): K x H x W -> float32 (K + 1) x H x W.
+
+    The scores of a pixel do not sum to one.
+    """
     maps = torch.from_numpy(np.ascontiguousarray(maps, np.float32))
     return torch.cat([background_map(maps, alpha)[None], maps]).numpy()
 
@@ -47,11 +49,11 @@ def dense_crf(
 ) -> list[np.ndarray]:
     """Label probabilities after ``steps`` mean-field steps, for each set of scores of one image.
 
-    ``image`` is uint8 H x W x 3 RGB; each set is labels x H x W in 0..1 (sets of one image have the
-    same number of labels). The unary term is -log of the score; sxy are pixels, srgb gray levels,
-    compat weights of the Potts terms; kernels are diagonal with symmetric normalization.
-    ``device`` is the torch backend's. Returns float32 arrays of the sets' shapes, which sum to one
-    over the labels. Raises ImportError where the backend is not installed.
+    ``image`` is uint8 H x W x 3 RGB; each set is labels x H x W in 0..1, all sets with the same
+    number of labels. The unary term is -log(score); sxy is in pixels, srgb in gray levels, compat
+    is the weight of a Potts term; kernels are diagonal with symmetric normalization. ``device`` is
+    the torch backend's. Returns float32 arrays of the sets' shapes, which sum to one over the
+    labels. Raises ValueError if the shapes do not fit, ImportError if pydensecrf is not installed.
     """
     height, width = image.shape[:2]
     labels = {scores.shape[0] for scores in score_sets}
@@ -89,14 +91,14 @@ def _torch_inference(
 def mean_field(
     log_scores: Tensor, filters: Sequence[tuple[GaussianFilter, float]], steps: int
 ) -> Tensor:
-    """Krähenbühl and Koltun's algorithm 1 with Potts terms, for several problems side by side.
+    """Krähenbühl and Koltun's algorithm 1 with Potts terms, for several sets of scores at once.
 
-    ``log_scores`` (the negative unary terms) is sets x labels x N; each filter comes with its
-    weight. Returns the probabilities, of the same shape.
+    ``log_scores`` (the negative unary terms) is float32 sets x labels x N; ``filters`` are pairs
+    (filter, weight). Returns the probabilities, of the same shape.
     """
     sets, labels, pixels = log_scores.shape
     probabilities = _softmax(log_scores)
-    # The filters read and write whole rows, one a pixel.
+    # The filters read and write N x values: one row per pixel.
     rows = log_scores.new_empty(pixels, sets * labels)
     rows_at_once = max(1, VALUES_AT_ONCE // (sets * labels))
     for _ in range(steps):
@@ -104,7 +106,7 @@ def mean_field(
         lattices = [kernel.spread(rows) for kernel, _ in filters]
         for start in range(0, pixels, rows_at_once):
             stop = min(start + rows_at_once, pixels)
-            # Potts: what a label gains from its neighbours is what the others lose, up to a
+            # Potts: to add a label's own message is to subtract those of all others, up to a
             # constant.
             logits = log_scores[:, :, start:stop]
             for (kernel, weight), lattice in zip(filters, lattices, strict=True):
@@ -115,9 +117,9 @@ def mean_field(
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over dimension 1, the same to the last bit in any number of parts and threads.
+    """Softmax over dimension 1, bit-identical for any number of parts and threads.
 
-    torch.softmax and sum go about the last few values of each part in another way.
+    torch.softmax and torch.sum compute the last few values of each part in another order.
     """
     exponentials = torch.exp(logits - logits.amax(dim=1, keepdim=True))
     total = sum(exponentials.split(1, dim=1))
@@ -137,7 +139,7 @@ def _bilateral_filter(image: Tensor, sxy: float, srgb: float) -> GaussianFilter:
 
 
 def _positions(height: int, width: int, sxy: float, device: torch.device) -> Tensor:
-    """x / sxy and y / sxy of each pixel, float32 2 x H * W."""
+    """x / sxy and y / sxy of each pixel, float32 2 x (H * W)."""
     y, x = torch.meshgrid(
         torch.arange(height, dtype=torch.float32, device=device),
         torch.arange(width, dtype=torch.float32, device=device),
@@ -147,7 +149,7 @@ def _positions(height: int, width: int, sxy: float, device: torch.device) -> Ten
 
 
 def _divided(numbers: Tensor, divisor: float) -> Tensor:
-    # On CUDA, dividing by a Python number would multiply by its reciprocal, which rounds otherwise.
+    # On CUDA, division by a Python number multiplies by its reciprocal, which rounds differently.
     return numbers / torch.full((), divisor, device=numbers.device)
 
 
@@ -158,21 +160,17 @@ def _pydensecrf_inference(
     gaussian: tuple[float, float],
     bilateral: tuple[float, float, float],
 ) -> list[np.ndarray]:
+    from pydensecrf.densecrf import DenseCRF2D  # optional, see requirements.txt
+
     (gaussian_sxy, gaussian_compat), (sxy, srgb, bilateral_compat) = gaussian, bilateral
     height, width = image.shape[:2]
-    model = _pydensecrf().DenseCRF2D(width, height, log_scores.shape[1])
+    model = DenseCRF2D(width, height, log_scores.shape[1])
     model.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
     model.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=bilateral_compat)
-    # The pairwise terms are built once; each set only exchanges the unary term.
+    # The pairwise terms are built once; only the unary term differs between the sets.
     results = []
     for unary in -log_scores:
         model.setUnaryEnergy(unary.reshape(len(unary), -1))
         probabilities = np.array(model.inference(steps), dtype=np.float32)
         results.append(probabilities.reshape(unary.shape))
     return results
-
-
-def _pydensecrf():
-    import pydensecrf.densecrf  # optional, see requirements.txt
-
-    return pydensecrf.densecrf

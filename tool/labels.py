@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The label of pixels that count for nothing, in every index image (VOC's "void").
+# The label of ignored pixels in every index image (VOC's "void").
 VOID = 255
 NUM_PALETTE_COLOURS = 256
 
 
 def index_image(local_label: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """Local indices (0 background, k the k-th present class) -> uint8 labels (class + 1)."""
+    """Local indices, int H x W (0 background, k the k-th present class) -> uint8 class + 1."""
     return np.array([0, *(k + 1 for k in classes)], np.uint8)[local_label]
 
 
@@ -22,8 +22,8 @@ def voc_palette() -> list[int]:
     """
     index = np.arange(NUM_PALETTE_COLOURS)
     palette = np.zeros((NUM_PALETTE_COLOURS, 3), np.uint8)
-    for place in range(8):
+    for position in range(8):
         for channel in range(3):
-            bit = (index >> (3 * place + channel)) & 1
-            palette[:, channel] |= (bit << (7 - place)).astype(np.uint8)
+            bit = (index >> (3 * position + channel)) & 1
+            palette[:, channel] |= (bit << (7 - position)).astype(np.uint8)
     return palette.ravel().tolist()

@@ -2,12 +2,12 @@
 
 A. Adams, J. Baek and M. A. Davis, *Fast High-Dimensional Filtering Using the Permutohedral
 Lattice*, Eurographics 2010. A pixel with d features lies in a simplex of the lattice. Its value is
-spread over the simplex' d + 1 vertices (splat), the lattice points exchange values with their
-neighbours along d + 1 axes (blur), and the pixel reads its vertices back (slice). All three are
-sparse matrices that depend on the features alone: the lattice is built once, and any number of
-values goes through at once.
+distributed over the simplex' d + 1 vertices (splat), the lattice points exchange values with their
+neighbours along d + 1 axes (blur), and the pixel interpolates between its vertices (slice). All
+three are sparse matrices that depend on the features alone: the lattice is built once, and filters
+any number of values together.
 
-Which simplex a pixel lies in follows pydensecrf to the last bit of float32, ties included: in a
+A pixel's simplex is the one that pydensecrf finds, to the last bit of float32, ties included: in a
 flat area one bit moves thousands of pixels.
 """
 
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# pydensecrf places this many pixels at once and fills the last group up with zero features. Their
-# simplex' vertices become lattice points, too, and pass values on.
+# pydensecrf processes this many pixels at once and pads the last group with zero features. The
+# vertices of the padding's simplex become lattice points, too, and take part in the blur.
 PIXELS_AT_ONCE = 4
-# Simplices are computed for this many pixels at a time, to stay in a CPU's cache.
+# Simplices are computed for this many pixels at a time, to fit in a CPU's cache.
 PIXELS_IN_CACHE = 2**16
-# Keeps the norm of a pixel finite, as pydensecrf does.
+# Keeps the norm of a pixel finite (pydensecrf).
 NORM_FLOOR = 1e-20
 
 
@@ -35,8 +35,8 @@ class SparseRows(NamedTuple):
     offsets: Tensor  # int32
 
     def __matmul__(self, values: Tensor) -> Tensor:
-        """Columns x C -> rows x C."""
-        # Twice as fast as torch.sparse on a CPU, and does not need MKL.
+        """float32 columns x C -> rows x C."""
+        # Twice as fast as torch.sparse on a CPU, without MKL.
         return torch.embedding_bag(
             values,
             self.columns,
@@ -50,13 +50,13 @@ class SparseRows(NamedTuple):
 class GaussianFilter:
     """D^-1/2 K D^-1/2, where K is the Gaussian kernel of pixels' features and D = diag(K 1).
 
-    ``features`` is d x N, float32, in units of the kernel's standard deviation. Raises ValueError
-    if they span more lattice points than an integer can number.
+    ``features`` is float32 d x N, in units of the kernel's standard deviation. Raises ValueError
+    if they span more lattice points than an int64 can number.
     """
 
     def __init__(self, features: Tensor):
         dimension, pixels = features.shape
-        simplices, weights, strides = _enclosing_simplices(_filled_up(features))
+        simplices, weights, strides = _enclosing_simplices(_pad_pixels(features))
         keys, vertices = _lattice_points(simplices, strides)
         self._points = len(keys)
         self._slice = SparseRows(
@@ -64,18 +64,18 @@ class GaussianFilter:
             weights[:pixels].reshape(-1),
             _row_offsets(pixels, dimension + 1, features.device),
         )
-        # Rows of the splat are a few pixels long or thousands: a GPU adds them up in place.
+        # A lattice point has a few pixels or thousands: a GPU does better with atomic additions.
         self._splat = None if features.is_cuda else _transposed(self._slice, self._points + 1)
         self._blurs = _blurs(keys, strides)
         self._normalize(pixels)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """N x C, float32, contiguous -> N x C."""
+        """float32 N x C, contiguous -> N x C."""
         return self.read(self.spread(values), 0, len(values))
 
     def spread(self, values: Tensor) -> Tensor:
-        """Splat and blur: N x C, float32, contiguous -> points x C, for ``read``."""
-        points = self._added_up(values) if self._splat is None else self._splat @ values
+        """Splat and blur: float32 N x C, contiguous -> points x C, for ``read``."""
+        points = self._splat_by_atomics(values) if self._splat is None else self._splat @ values
         for blur in self._blurs:
             points = blur @ points
         return points
@@ -87,15 +87,15 @@ class GaussianFilter:
         entries = slice(start * vertices, stop * vertices)
         return SparseRows(columns[entries], weights[entries], offsets[: stop - start + 1]) @ points
 
-    def _added_up(self, values: Tensor) -> Tensor:
-        """What ``self._splat @ values`` is, by atomic additions."""
+    def _splat_by_atomics(self, values: Tensor) -> Tensor:
+        """``self._splat @ values``, by atomic additions."""
         pixels, channels = values.shape
         added = self._slice.weights.view(pixels, -1, 1) * values[:, None]
         points = values.new_zeros(self._points + 1, channels)
         return points.index_add_(0, self._slice.columns, added.view(-1, channels))
 
     def _normalize(self, pixels: int) -> None:
-        """Turn K into the normalized kernel: fold D^-1/2 into the weights on both sides."""
+        """Turn K into the normalized kernel: multiply the weights on both sides by D^-1/2."""
         kernel_sums = self(self._slice.weights.new_ones(pixels, 1))[:, 0]
         norm = (kernel_sums.double() + NORM_FLOOR).rsqrt_().float()
         self._slice.weights.view(pixels, -1).mul_(norm[:, None])
@@ -103,7 +103,7 @@ class GaussianFilter:
             self._splat.weights.mul_(norm.index_select(0, self._splat.columns))
 
 
-def _filled_up(features: Tensor) -> Tensor:
+def _pad_pixels(features: Tensor) -> Tensor:
     dimension, pixels = features.shape
     if pixels % PIXELS_AT_ONCE == 0:
         return features
@@ -113,11 +113,11 @@ def _filled_up(features: Tensor) -> Tensor:
 def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """The simplex of each pixel, and the pixel's barycentric weights in it.
 
-    Returns the simplices' numbers, int64 N; the weights, float32 N x (d + 1), by the vertices'
-    remainder; and the strides. A lattice point's *key* is the sum of strides[i] times its i-th
-    coordinate from the lowest one on (the last coordinate follows from the others: stride 0). A
-    simplex' number packs its vertex of remainder 0 and its order of coordinates, with
-    ``_vertex_keys`` to unpack it.
+    Returns the simplices' numbers, int64 N; the weights, float32 N x (d + 1), ordered by the
+    vertices' remainders; and the strides. A lattice point's *key* is the sum of strides[i] times
+    its i-th coordinate minus the lowest one (the last coordinate follows from the others: stride
+    0). A simplex' number packs its vertex of remainder 0 and its order of coordinates;
+    ``_vertex_keys`` unpacks it.
     """
     dimension, pixels = features.shape
     lowest, spans = _bounds(features)
@@ -128,7 +128,7 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     weights = features.new_empty(pixels, dimension + 1)
     for start in range(0, pixels, PIXELS_IN_CACHE):
         part = slice(start, start + PIXELS_IN_CACHE)
-        origins, ranks, barycentric = _place(_elevated(features[:, part]))
+        origins, ranks, barycentric = _locate(_elevated(features[:, part]))
         weights[part] = barycentric.t()
         numbers = simplices[part]
         for origin, low, stride in zip(origins[:-1], lowest, strides, strict=False):
@@ -139,12 +139,12 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def _bounds(features: Tensor) -> tuple[list[int], list[int]]:
-    """Of the coordinates of pixels' vertices and of their neighbours: lowest value, and range."""
+    """Lowest value and span of each coordinate, over the pixels' vertices and their neighbours."""
     dimension = len(features)
     low, high = features.aminmax(dim=1)
     elevation = _elevated(torch.eye(dimension, device=features.device))[:-1]
     rising, falling = elevation.clamp(min=0), elevation.clamp(max=0)
-    # Products of matrices would be rounded with --tf32.
+    # No matrix product: --tf32 would round it.
     lower, upper = rising * low + falling * high, rising * high + falling * low
     bounds = torch.stack([lower.sum(dim=1), upper.sum(dim=1)], dim=1)
     # An origin is at most 3/2 (d + 1) from its pixel, a vertex d from the origin, and its
@@ -162,7 +162,7 @@ def _float32(number: float) -> float:
 def _elevated(features: Tensor) -> Tensor:
     """Features on the plane of d + 1 coordinates that sum to zero (p. 5): d x N -> (d + 1) x N."""
     dimension = len(features)
-    # A filter of standard deviation 1 in the features, the blur's own taken into account (p. 6).
+    # Standard deviation 1 in the features, with the blur's own deviation included (p. 6).
     deviation = _float32(math.sqrt(2 / 3) * (dimension + 1))
     elevated = features.new_empty(dimension + 1, features.shape[1])
     total = torch.zeros_like(features[0])
@@ -174,8 +174,8 @@ def _elevated(features: Tensor) -> Tensor:
     return elevated
 
 
-def _place(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The simplex of each pixel, and where in it the pixel lies (p. 5, p. 10).
+def _locate(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex of each pixel, and the pixel's position in it (p. 5, p. 10).
 
     Returns three tensors (d + 1) x N: the simplex' vertex of remainder 0, float32, multiples of
     d + 1; the rank of each coordinate's distance from it, int8, 0 the largest; and the barycentric
@@ -192,7 +192,7 @@ def _place(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         less = (distances[i] < distances[j]).view(torch.int8)
         ranks[i] += less
         ranks[j] -= less
-    # Coordinates that were rounded too far bring the point back onto the plane.
+    # Coordinates that were rounded too far are shifted, so that the sum is zero again.
     shift = (ranks < 0).to(torch.int8) - (ranks > dimension).to(torch.int8)
     shift *= dimension + 1
     ranks += shift
@@ -207,10 +207,10 @@ def _place(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lattice_points(simplices: Tensor, strides: list[int]) -> tuple[Tensor, Tensor]:
-    """Number the lattice points that are a vertex of some simplex.
+    """The lattice points that are a vertex of some simplex.
 
-    Returns their keys in ascending order, int64; and each pixel's vertices by remainder as places
-    in the keys, int32 N x (d + 1).
+    Returns their keys in ascending order, int64; and the indices into them of each pixel's
+    vertices, ordered by remainder, int32 N x (d + 1).
     """
     # Many pixels share a simplex: only the simplices' vertices are sorted.
     simplices, simplex_of_pixel = torch.unique(simplices, return_inverse=True)
@@ -220,10 +220,10 @@ def _lattice_points(simplices: Tensor, strides: list[int]) -> tuple[Tensor, Tens
 
 
 def _vertex_keys(simplices: Tensor, strides: list[int]) -> Tensor:
-    """Keys of the simplices' vertices, (d + 1) x simplices, by remainder."""
+    """Keys of the simplices' vertices, int64 (d + 1) x simplices, ordered by remainder."""
     dimension = len(strides) - 1
-    # From one remainder to the next, all coordinates grow by 1 but one, which falls by d: the
-    # one of the smallest distance first.
+    # From one remainder to the next, one coordinate decreases by d and all others increase by 1;
+    # the coordinate of the smallest distance comes first.
     steps = simplices.new_full((dimension + 1, len(simplices)), sum(strides))
     keys = simplices
     for i in reversed(range(dimension)):
@@ -235,9 +235,9 @@ def _vertex_keys(simplices: Tensor, strides: list[int]) -> Tensor:
 
 
 def _blurs(keys: Tensor, strides: list[int]) -> list[SparseRows]:
-    """One axis' blur each: a point plus half of its two neighbours.
+    """The blur along each axis: a point plus half of its two neighbours.
 
-    A neighbour that is no point of the lattice is the one behind the last, which holds zero.
+    A missing neighbour has the index after the last point; its value is zero.
     """
     points = len(keys)
     numbers = torch.arange(points + 1, dtype=torch.int32, device=keys.device)
@@ -255,14 +255,14 @@ def _blurs(keys: Tensor, strides: list[int]) -> list[SparseRows]:
         columns[:, 2].scatter_(0, found.long(), numbers[:-1])
         columns[-1] = points
         blurs.append(SparseRows(columns.view(-1), weights, offsets))
-    # The kernel's factor (p. 10). The norm cancels it, but long float32 sums round alike only
-    # where they have pydensecrf's scale.
+    # The kernel's factor (p. 10). The norm cancels it, but long float32 sums round as in pydensecrf
+    # only at the same scale.
     blurs[-1] = blurs[-1]._replace(weights=weights / (1 + 2.0 ** (1 - len(strides))))
     return blurs
 
 
 def _transposed(matrix: SparseRows, columns: int) -> SparseRows:
-    """The transposed of a matrix with that many columns and equally many entries in each row."""
+    """The transpose of a matrix with that many columns and equally many entries in each row."""
     entries_per_row = len(matrix.columns) // (len(matrix.offsets) - 1)
     # Stable: each sum runs over the pixels in their order, as pydensecrf's does.
     rows, order = torch.sort(matrix.columns, stable=True)

@@ -1,14 +1,13 @@
-"""The random walk that spreads class maps along affinities (Sec. 3.3 of the paper, eq. 10 and 11).
+"""The random walk that propagates class maps along affinities (Sec. 3.3, eq. 10 and 11).
 
 The released code raises a dense N x N matrix T to the 2^logt-th power. Only the product of that
-power with a few maps is wanted, so T stays sparse (at most 1 + 2 * offsets entries a column), and a
-power of T takes far fewer products than its exponent: T is similar to a symmetric matrix with
-eigenvalues in [-1, 1], on which x^n is, to any accuracy, a short series of Chebyshev polynomials
-(Sachdeva and Vishnoi, "Faster algorithms via approximation theory", 2014, theorem 3.3).
+power with a few maps is needed, so T stays sparse (at most 1 + 2 * offsets entries per column), and
+the power takes far fewer products than its exponent: T is similar to a symmetric matrix with
+eigenvalues in [-1, 1], where a short series of Chebyshev polynomials approximates x^n to any
+accuracy (Sachdeva and Vishnoi, "Faster algorithms via approximation theory", 2014, theorem 3.3).
 
-It is computed in double precision. In single precision the rounding of T's entries, the same in
-every step, adds up over 256 steps to a few 1e-5, also in the dense form; double precision costs
-no more time here.
+All is computed in float64. In float32 the rounding of T's entries, the same in every step, adds up
+over 256 steps to a few 1e-5, also in the dense form; float64 is no slower here.
 """
 
 import warnings
@@ -21,19 +20,19 @@ from torch import Tensor
 
 from tool.affinity import pair_offsets, source_grid
 
-# Products of CSR matrices and vectors are all that is used of what PyTorch calls a beta state.
+# PyTorch warns that sparse tensors are in beta; only products of CSR matrices and vectors are used.
 warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
 
-# The part of the series' coefficients that may be left out (they sum to one). 256 steps take 90
-# products with it. It bounds the error in the norm in which T is symmetric; single scores are off
-# by up to some 20 times as much, relative to the largest.
+# The part of the series' coefficients that may be left out (they sum to one); 256 steps then take
+# 90 products. It bounds the error in the norm in which T is symmetric. The error of a single score,
+# relative to the largest score, is up to about 20 times as much.
 TOLERANCE = 1e-8
 
 
 def background_map(maps: Tensor, alpha: float) -> Tensor:
-    """(1 - the largest class score)^alpha, eq. (2): maps K x H x W -> H x W; ones where K = 0.
+    """(1 - the largest class score)^alpha, eq. (2): maps K x H x W -> H x W; ones if K = 0.
 
-    A score that rounding has put above 1 counts as 1: a negative number has no broken power.
+    Scores above 1, from rounding, are clamped: the base must not be negative.
     """
     if maps.shape[0] == 0:
         return maps.new_ones(maps.shape[1:])
@@ -50,10 +49,10 @@ def transition_matrix(
 ) -> Tensor:
     """T of eq. (10), sparse: affinities to the power beta, each column divided by its sum.
 
-    ``affinity`` is offsets x sources, of the pairs on a height x width grid, as
-    ``tool.affinity.pair_affinity`` gives them with the same ``full_graph``; a pair counts in both
-    directions and every cell has affinity 1 with itself. Cells that are in no pair keep only
-    that. Returns N x N with N = height * width, CSC, float64, on the affinity's device.
+    ``affinity`` is offsets x sources, the pairs of a height x width grid as
+    ``tool.affinity.pair_affinity`` returns them with the same ``full_graph``. A pair counts in both
+    directions, and every cell has affinity 1 with itself. Returns N x N with N = height * width,
+    CSC, float64, on the affinity's device.
     """
     offsets = pair_offsets(radius)
     weights = affinity.double() ** beta
@@ -68,15 +67,15 @@ def transition_matrix(
 def _column_stochastic(weights: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
     """Symmetric weights, offsets x h x w at each pair's source, zero where there is no pair -> T.
 
-    Entries are laid out as cells x neighbours, a cell's neighbours in row-major order: that is
-    CSC's order, so nothing has to be sorted.
+    Entries are built as cells x neighbours, a cell's neighbours in row-major order. That is CSC's
+    order, so nothing has to be sorted.
     """
     height, width = weights.shape[-2:]
     device = weights.device
     cells = torch.arange(height * width, device=device)
     dy, dx = torch.tensor(offsets, device=device, dtype=torch.long).view(-1, 2, 1).unbind(1)
     shift = dy * width + dx
-    # The pair that ends in a cell has its weight at the source, one offset before.
+    # The weight of a pair that ends in a cell is stored at its source, one offset before.
     row, column = cells // width - dy, cells % width - dx
     starts_on_grid = (row >= 0) & (column >= 0) & (column < width)
     forward = weights.flatten(1)
@@ -88,7 +87,7 @@ def _column_stochastic(weights: Tensor, offsets: list[tuple[int, int]]) -> Tenso
     present = entries != 0
     ends = F.pad(present.sum(dim=1).cumsum(0), (1, 0))
     entries = entries / entries.sum(dim=1, keepdim=True)
-    # 32-bit indices are what the sparse libraries compute with; others are converted every time.
+    # The sparse libraries compute with int32 indices and would convert others in every product.
     return torch.sparse_csc_tensor(
         ends.int(),
         neighbours.t()[present].int(),
@@ -102,12 +101,12 @@ def chebyshev_coefficients(steps: int, tolerance: float) -> list[float]:
     """c_0, c_1, ... with x^steps = sum of c_k T_k(x) on [-1, 1], up to ``tolerance``.
 
     The coefficients of x^n are 2^(1-n) binomial(n, (n-k)/2) for k of n's parity, half of that for
-    k = 0, and zero otherwise. They are positive and sum to one, so what is left out bounds the
-    error; what is kept is scaled to sum to one again.
+    k = 0, and zero otherwise. They are positive and sum to one, so the sum of those left out
+    bounds the error; those kept are scaled to sum to one again.
     """
     degrees = np.arange(steps % 2, steps + 1, 2)
-    # Each coefficient over the one before. From the middle of the binomials outwards, nothing
-    # overflows.
+    # The ratio of each coefficient to the one before. Products from the middle binomial outwards do
+    # not overflow.
     ratios = (steps - degrees[:-1]) / (steps + degrees[:-1] + 2)
     kept = np.concatenate([[1.0], np.cumprod(ratios)])
     if steps % 2 == 0:
@@ -124,7 +123,7 @@ def propagate(maps: Tensor, transition: Tensor, steps: int, tolerance: float = T
     """M T^steps: each map (a row of M) after that many steps of the walk, eq. (11).
 
     ``maps`` is K x h x w with h * w = N, ``transition`` is N x N; returns K x h x w, float64.
-    ``tolerance`` is that of ``chebyshev_coefficients``; 0 takes every step.
+    ``tolerance`` is that of ``chebyshev_coefficients``; 0 computes every step.
     """
     return propagate_together([maps], [transition], steps, tolerance)[0]
 
@@ -135,13 +134,13 @@ def propagate_together(
     steps: int,
     tolerance: float = TOLERANCE,
 ) -> list[Tensor]:
-    """``propagate`` for several images as one system: on CUDA, small products cost only launches.
+    """``propagate`` for several images as one system, since small products are slow on CUDA.
 
     Images may differ in size and in their number of maps.
     """
     columns = max(len(maps) for maps in map_sets)
     vectors = [F.pad(maps.flatten(1).t(), (0, columns - len(maps))) for maps in map_sets]
-    # A step gives each cell a mean of its neighbours: rows of the transposed matrix sum to one.
+    # A step replaces each cell by a weighted mean: the rows of the transpose sum to one.
     averaging = _block_diagonal(transitions).t()
     walked = _power(averaging, torch.cat(vectors).to(averaging.dtype), steps, tolerance)
     parts = walked.split([len(part) for part in vectors])
@@ -152,7 +151,7 @@ def propagate_together(
 
 
 def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:
-    """CSC matrices -> the CSC matrix that has them on its diagonal."""
+    """CSC matrices -> the CSC matrix with these on its diagonal."""
     if len(matrices) == 1:
         return matrices[0]
     ends, rows, entries, first_cell = [matrices[0].ccol_indices()[:1]], [], [], 0
@@ -191,7 +190,7 @@ def _power(matrix: Tensor, vectors: Tensor, steps: int, tolerance: float) -> Ten
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """... x H x W padded right and bottom with zeros so that both sides divide by ``multiple``."""
+    """... x H x W, padded with zeros on the right and bottom to multiples of ``multiple``."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
@@ -201,25 +200,25 @@ def walk_trace(seeds: Tensor, transition: Tensor, logt: int) -> dict[int, Tensor
     scores = propagate(seeds, transition, 1)
     trace = {0: seeds, 1: scores}
     for power in range(logt):
-        # As many steps again as have been taken.
+        # Doubles the number of steps.
         scores = propagate(scores, transition, 2**power)
         trace[2 ** (power + 1)] = scores
     return trace
 
 
 def walk_seeds(maps: Tensor, alpha: float, stride: int) -> Tensor:
-    """What the walk starts from: the background and the class maps, pooled to the feature grid.
+    """The walk's initial scores: the background and the class maps, pooled to the feature grid.
 
-    ``maps`` is K x H x W, the classes that are present; returns
+    ``maps`` is K x H x W, the present classes; returns
     (K + 1) x ceil(H/stride) x ceil(W/stride), the background first.
     """
     scores = torch.cat([background_map(maps, alpha)[None], maps])
-    # Zeros are padded behind the background map, too, as the released code does.
+    # The background map is padded with zeros, too (released code).
     return F.avg_pool2d(pad_to_multiple(scores, stride)[None], stride)[0]
 
 
 def upsample_scores(scores: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """Scores on the grid, maps x h x w, to the image's ``size`` H x W: float32, bilinear."""
+    """Scores on the grid, K x h x w -> float32 K x H x W, with (H, W) = ``size``; bilinear."""
     upsampled = F.interpolate(
         scores.float()[None], scale_factor=stride, mode="bilinear", align_corners=False
     )[0]

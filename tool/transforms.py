@@ -1,12 +1,12 @@
-"""Resizing, flips, crops and colour jitter; every random choice is drawn from a given generator."""
+"""Resizing, flips, crops and colour jitter; the caller's generator draws every random number."""
 
 import zlib
 
 import numpy as np
 from PIL import Image
 
-# Augmentation of both training stages (released code): strength of brightness, contrast and
-# saturation, and of hue.
+# Augmentation of both training stages (released code): range of brightness, contrast and
+# saturation around 1, and of hue around 0.
 JITTER_STRENGTH = 0.3
 JITTER_HUE = 0.1
 
@@ -14,8 +14,8 @@ JITTER_HUE = 0.1
 def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     """The generator of one image's augmentation in one epoch.
 
-    It depends on nothing else, so neither the number of loader workers nor the place of the image
-    in the epoch changes what is drawn.
+    It depends on these three alone: the number of loader workers and the order of the images do
+    not change what is drawn.
     """
     return np.random.default_rng([seed, epoch, zlib.crc32(image_id.encode())])
 
@@ -34,20 +34,20 @@ def rescale(image: Image.Image, scale: float) -> Image.Image:
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image at the given size, bicubic; a side that would vanish keeps one pixel."""
+    """The image at the given size in pixels, bicubic; each side has at least one pixel."""
     return image.resize((max(1, width), max(1, height)), resample=Image.Resampling.BICUBIC)
 
 
 def random_resize_long_side(
     image: Image.Image, shortest: int, longest: int, rng: np.random.Generator
 ) -> Image.Image:
-    """Long side resized to a uniform integer in shortest..longest, both included."""
+    """The image with its longer side resized to a uniform integer in shortest..longest."""
     return resize_long_side(image, int(rng.integers(shortest, longest + 1)))
 
 
 def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast, saturation and hue changed at random, in random order."""
-    # Imported here because it takes longer than all else, and only training jitters colours.
+    """The RGB image with brightness, contrast, saturation and hue changed in random order."""
+    # Imported here because the import is slow, and only training needs it.
     import torchvision.transforms.functional as F
 
     low, high = 1 - JITTER_STRENGTH, 1 + JITTER_STRENGTH
@@ -64,17 +64,17 @@ def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def flip(array: np.ndarray) -> np.ndarray:
-    """H x W (x C) mirrored left to right."""
+    """H x W (x C) mirrored left to right, contiguous."""
     return np.ascontiguousarray(array[:, ::-1])
 
 
 def crop_box(
     height: int, width: int, crop_size: int, rng: np.random.Generator
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a random crop comes from and goes to: (rows, columns) of the image, of the canvas.
+    """A random crop: its (rows, columns) in the image, and its (rows, columns) on the canvas.
 
-    A side longer than ``crop_size`` is cut at a uniform place; a shorter one is laid at a uniform
-    place on the canvas.
+    The canvas is crop_size x crop_size pixels. A longer side of the image is cut at a uniformly
+    drawn position; a shorter one is put at a uniformly drawn position on the canvas.
     """
     rows_from, rows_to = _crop_side(height, crop_size, rng)
     columns_from, columns_to = _crop_side(width, crop_size, rng)
@@ -84,15 +84,15 @@ def crop_box(
 def _crop_side(length: int, crop_size: int, rng: np.random.Generator) -> tuple[slice, slice]:
     size = min(length, crop_size)
     slack = abs(length - crop_size)
-    place = int(rng.integers(slack + 1))
-    start, canvas_start = (place, 0) if length > crop_size else (0, place)
+    position = int(rng.integers(slack + 1))
+    start, canvas_start = (position, 0) if length > crop_size else (0, position)
     return slice(start, start + size), slice(canvas_start, canvas_start + size)
 
 
 def centre_box(
     height: int, width: int, crop_size: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """As ``crop_box``, but the image's centre on the canvas's centre."""
+    """Like ``crop_box``, with the image's centre on the canvas's centre."""
     rows_from, rows_to = _centre_side(height, crop_size)
     columns_from, columns_to = _centre_side(width, crop_size)
     return (rows_from, columns_from), (rows_to, columns_to)
@@ -105,7 +105,7 @@ def _centre_side(length: int, crop_size: int) -> tuple[slice, slice]:
 
 
 def crop_to_canvas(array: np.ndarray, box: tuple, crop_size: int) -> np.ndarray:
-    """The part of H x W x C that a box names, on a crop_size x crop_size x C canvas of zeros."""
+    """The box of H x W (x C) on a canvas of zeros, crop_size x crop_size (x C), of its dtype."""
     source, target = box
     canvas = np.zeros((crop_size, crop_size, *array.shape[2:]), array.dtype)
     canvas[target] = array[source]
