@@ -1,4 +1,4 @@
-"""The permutohedral lattice as a filter, against the Gaussian sum that it approximates."""
+"""The permutohedral lattice against the dense Gaussian filter that it approximates."""
 
 import numpy as np
 import pytest
@@ -32,14 +32,14 @@ def features(request):
 def test_filter_approximates_the_normalized_gaussian_sum(features):
     values = torch.rand(features.shape[1], 3, generator=torch.Generator().manual_seed(0))
     filtered, exact = GaussianFilter(features)(values), _exact(features, values)
-    # The lattice's kernel only resembles a Gaussian, but no wider or narrower one more.
+    # The lattice's kernel only resembles a Gaussian, but wider and narrower ones fit less.
     error = (filtered - exact).abs().mean()
     for factor in (0.7, 1.4):
         assert error < (filtered - _exact(features * factor, values)).abs().mean()
     assert error < 0.03
 
 
-def test_filter_is_linear_and_takes_columns_one_by_one(features):
+def test_filter_is_linear_and_filters_each_column_alone(features):
     kernel = GaussianFilter(features)
     values = torch.rand(features.shape[1], 3, generator=torch.Generator().manual_seed(0))
     filtered = kernel(values)
@@ -51,7 +51,7 @@ def test_filter_is_linear_and_takes_columns_one_by_one(features):
     )
 
 
-def test_far_pixels_do_not_see_each_other():
+def test_distant_pixels_do_not_affect_each_other():
     features = torch.tensor([[0.0, 0.1, 50, 50.1]])
     filtered = GaussianFilter(features)(torch.tensor([[1.0], [1], [0], [0]]))
     assert (filtered[:2] > 0.9).all()
@@ -63,14 +63,13 @@ def test_one_pixel_keeps_its_value():
     torch.testing.assert_close(filtered, torch.tensor([[5.0]]))
 
 
-def test_adding_up_in_place_is_the_splat(features):
-    """What a GPU does."""
+def test_splat_by_atomic_additions_equals_the_sparse_product(features):
     kernel = GaussianFilter(features)
     values = torch.rand(features.shape[1], 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(kernel._added_up(values), kernel._splat @ values)
+    torch.testing.assert_close(kernel._splat_by_atomics(values), kernel._splat @ values)
 
 
-def test_pixels_may_be_read_in_parts(features):
+def test_pixels_read_in_parts_equal_the_whole(features):
     kernel = GaussianFilter(features)
     values = torch.rand(features.shape[1], 2, generator=torch.Generator().manual_seed(0))
     points = kernel.spread(values)
@@ -78,7 +77,7 @@ def test_pixels_may_be_read_in_parts(features):
     assert torch.equal(torch.cat(parts), kernel(values))
 
 
-def test_more_cells_than_integers_are_refused():
+def test_too_many_cells_for_an_int64_are_a_value_error():
     features = torch.tensor([[0.0, 1e6]] * 5)
     with pytest.raises(ValueError, match="too many to number"):
         GaussianFilter(features)
