@@ -1,8 +1,7 @@
 """The two heads: a classifier with class activation maps, and AffinityNet.
 
 A network inherits from a head and a backbone, ``class Net(ClassifierHead, vgg16d.Backbone)``:
-published weights name the head's layers on one level with the backbone's (``fc8.weight``,
-``conv1_1.weight``).
+published weights have the layers of both at one level (``fc8.weight``, ``conv1_1.weight``).
 
 A backbone has:
 
