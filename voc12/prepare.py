@@ -7,13 +7,11 @@ Writes into --out_dir (voc12/ by default)
     train_aug.txt                 every id with a mask in SegmentationClassAug that is not in val,
                                   or, with --sbd_root, every id of SBD or VOC that is not in val;
     cls_labels.npy                a dict id -> float32 [classes], from the annotations of all these.
-What a devkit does not hold is not written, and said.
+Prints which of them it cannot make, because the devkit lacks their source.
 """
 
 import argparse
 from pathlib import Path
-
-import numpy as np
 
 from tool.files import atomic_write
 from tool.maps import save_npy_dict
@@ -42,44 +40,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def split_ids(devkit: Devkit) -> dict[str, list[str]]:
-    """The ids of the devkit's own splits, those that it has."""
+    """The ids of each split that the devkit has."""
     folder = devkit.root / "ImageSets" / "Segmentation"
-    return {
-        split: read_ids(folder / f"{split}.txt")
-        for split in SPLITS
-        if (folder / f"{split}.txt").is_file()
-    }
+    files = {split: folder / f"{split}.txt" for split in SPLITS}
+    return {split: read_ids(file) for split, file in files.items() if file.is_file()}
 
 
 def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | None) -> list[str]:
-    """The ids with a mask, VOC's or SBD's, that are not in val; empty where there are no masks."""
+    """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
     if sbd_root:
         folders = [Path(sbd_root, folder) for folder in SBD_MASK_FOLDERS]
-        found = [folder for folder in folders if folder.is_dir()]
-        if not found:
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is None:
             raise DataError(f"{sbd_root}: has no folder cls with SBD's masks; see --sbd_root.")
-        folder, ending, more = found[0], ".mat", splits.get("train", [])
+        suffix, more = ".mat", splits.get("train", [])
     else:
-        folder, ending, more = devkit.root / "SegmentationClassAug", ".png", []
-    masked = {path.stem for path in folder.glob(f"*{ending}")}
+        folder, suffix, more = devkit.root / "SegmentationClassAug", ".png", []
+    masked = {path.stem for path in folder.glob(f"*{suffix}")}
     require_ids(folder, sorted(masked))
-    ids = masked.union(more)
-    return sorted(ids - set(splits.get("val", [])))
-
-
-def write_list(path: Path, ids: list[str], masks: bool) -> None:
-    """One line an image: its path and, with ``masks``, its mask's, below the devkit's root."""
-    with atomic_write(path) as file:
-        file.writelines(f"{list_line(image_id, masks)}\n".encode() for image_id in ids)
-
-
-def labels_of(devkit: Devkit, ids: list[str]) -> dict[str, np.ndarray]:
-    """id -> float32 [classes], of those ids that have an annotation."""
-    labels = {}
-    for image_id in cli.progress(ids, "annotations"):
-        if devkit.annotation_path(image_id).is_file():
-            labels[image_id] = devkit.annotated_label(image_id)
-    return labels
+    return sorted(masked.union(more).difference(splits.get("val", [])))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -93,29 +72,35 @@ def main(args: argparse.Namespace) -> None:
     if not lists:
         raise DataError(
             f"{devkit.root}: has neither lists in ImageSets/Segmentation nor masks in "
-            "SegmentationClassAug; there is nothing to make lists of."
+            "SegmentationClassAug, from which lists are made."
         )
     for split, ids in lists.items():
-        write_list(out_dir / f"{split}.txt", ids, masks=split != "test")
-        print(f"{out_dir / split}.txt: {len(ids)} images")
+        path = out_dir / f"{split}.txt"
+        with atomic_write(path) as file:
+            lines = (list_line(image_id, with_mask=split != "test") for image_id in ids)
+            file.writelines(f"{line}\n".encode() for line in lines)
+        print(f"{path}: {len(ids)} images")
 
-    ids = sorted({image_id for split_members in lists.values() for image_id in split_members})
-    labels = labels_of(devkit, ids)
+    ids = sorted(set().union(*lists.values()))
+    labels = {}
+    for image_id in cli.progress(ids, "annotations"):
+        if devkit.annotation_path(image_id).is_file():
+            labels[image_id] = devkit.annotated_label(image_id)
     save_npy_dict(out_dir / "cls_labels.npy", labels)
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")
-    say_what_is_missing(devkit, lists, len(ids) - len(labels))
+    print_missing(devkit, lists, len(ids) - len(labels))
 
 
-def say_what_is_missing(devkit: Devkit, lists: dict[str, list[str]], unlabelled: int) -> None:
-    """Print which files could not be made, and how to supply what they are made of."""
+def print_missing(devkit: Devkit, lists: dict[str, list[str]], unlabelled: int) -> None:
+    """Print which files were not made, and what they need."""
     for split in SPLITS:
         if split not in lists:
             print(f"not made: {split}.txt, because ImageSets/Segmentation has no {split}.txt.")
     if AUGMENTED not in lists:
         print(
             f"not made: {AUGMENTED}.txt, because {devkit.root / 'SegmentationClassAug'} has no "
-            "masks. Put the 12,031 masks of VOC and SBD there, or name SBD's folder with "
-            "--sbd_root, or train on train.txt with --train_list."
+            "masks. Put the 12,031 masks of VOC and SBD there, name SBD's folder with --sbd_root, "
+            "or train on train.txt with --train_list."
         )
     if unlabelled:
         print(f"{unlabelled} images have no annotation and so no label (VOC's test images do not).")

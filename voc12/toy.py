@@ -2,13 +2,13 @@
 
     python3 -m voc12.toy runs/toy --images 160 --size 192 --seed 0
 
-Every object is one blob of two parts. Its *head*, a third of its area, wears the colour and the
-pattern of its class; its *body* has but a tinge of them, yet stands out from the background. So a
-classifier's CAMs find the head and hardly the body, and reaching that is left to the random walk:
-the toy poses the very problem that AffinityNet solves. (The shapes differ a bit by class, too.)
+Every object is one blob of two parts. Its *head*, a third of its area, has the colour and pattern
+of its class; its *body* has only a trace of them, but differs clearly from the background. CAMs
+therefore find the head and miss most of the body, which the random walk has to reach: the problem
+that AffinityNet solves. (The shapes also differ slightly by class.)
 
-The same arguments give the same files, byte for byte, and an image depends on the seed and its
-index only: more images leave the first ones as they are.
+The same arguments give the same files, byte for byte. An image depends on the seed and its index
+only, so a larger devkit begins with the images of a smaller one.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -26,39 +25,38 @@ from tool.files import atomic_write
 from tool.labels import VOID
 from tool.maps import save_index_png
 from tool.run import cli
-from tool.run.errors import DataError, UsageError
+from tool.run.errors import DataError
 from voc12.devkit import VOC_CLASSES
 
 MIN_IMAGES = 2  # one to train on, one to validate on
-MIN_SIZE = 64  # below, a head is a few pixels
-MAX_SIZE = 4096  # above, a scene takes gigabytes
+SIZES = 64, 4096  # a smaller head is a few pixels, a larger image takes gigabytes
 VAL_STRIDE = 5  # every fifth image is a val image
-MARKER = "toy.json"  # tells a toy devkit from a folder that is somebody's work
+MARKER = "toy.json"  # holds the arguments of a toy devkit
 JPEG_QUALITY = 95
 
-# Lengths are shares of an image's long side, so that a scene looks alike at every size.
+# Lengths are fractions of an image's long side, so that a scene looks alike at every size.
 SHORT_SIDE = (0.75, 1.0)
 DIAMETER = (0.42, 0.58)
 PATTERN_PERIOD = 0.045
 HEAD_FADE = 0.02
 
-HEAD_SHARE = (0.28, 0.4)  # of an object's area
-MIN_VISIBLE = 0.5  # of an object, and of its head: an unseen head would make a wrong label
+HEAD_FRACTION = (0.28, 0.4)  # of an object's area
+MIN_VISIBLE = 0.5  # of an object and of its head; a hidden head would make a wrong label
 PLACEMENT_TRIES = 20
 OBJECT_COUNTS, OBJECT_COUNT_ODDS = (1, 2, 3), (0.6, 0.3, 0.1)
 
 
 class Look(NamedTuple):
-    """What tells a class: its head's colour and pattern, and a little of its shape."""
+    """What distinguishes a class: its head's colour and pattern, and slightly its shape."""
 
     hsv: tuple[float, float, float]
-    # (along, across) in pattern periods, H x W each -> a wave; where it is above 0 is the colour
+    # (along, across) in pattern periods, H x W each -> a wave; the colour is where it is above 0
     pattern: Callable[[np.ndarray, np.ndarray], np.ndarray]
     aspect: float  # length / width
     squareness: float  # exponent of the superellipse: 2 is an ellipse, above is boxier
     lobes: int
     lobe_depth: float  # of the radius
-    trace: float  # of colour and pattern on the body, more where they are hard to see on tan
+    trace: float  # of colour and pattern on the body; larger if they are hard to see on tan
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
@@ -78,26 +76,11 @@ LOOKS = {
 TOY_CLASSES = tuple(LOOKS)
 
 
-class ToyObject(NamedTuple):
-    """One object of a scene; the box is (xmin, ymin, xmax, ymax) of its visible pixels from 0."""
-
-    name: str
-    box: tuple[int, int, int, int]
-
-
-class Scene(NamedTuple):
-    """One picture with its truth."""
-
-    image: np.ndarray  # uint8 H x W x 3, RGB
-    label: np.ndarray  # uint8 H x W, 0 background, k + 1 class k, no void
-    objects: tuple[ToyObject, ...]  # from the farthest to the nearest
-
-
 class _Blob(NamedTuple):
-    """An object's geometry on the image's grid: arrays are H x W."""
+    """An object's geometry; all arrays are float H x W, the size of the image."""
 
-    coverage: np.ndarray  # float 0..1, soft at the edge
-    head: np.ndarray  # float 0..1, soft towards the body
+    coverage: np.ndarray  # 0..1, soft at the edge
+    head: np.ndarray  # 0..1, soft towards the body
     depth: np.ndarray  # 1 at the centre, 0 at the edge
     along: np.ndarray  # pixels from the centre towards the head
     across: np.ndarray
@@ -114,54 +97,42 @@ class _Blob(NamedTuple):
 def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     """Write ``images`` scenes with a long side of ``size`` pixels as a devkit under ``out``.
 
-    A second call with the same arguments writes the same files again, so an interrupted one is
-    mended by repeating it. Raises UsageError for arguments out of range, DataError if ``out`` is
-    not a folder or holds something else.
+    An interrupted call is completed by repeating it. Raises DataError if ``out`` holds anything
+    but the devkit of these arguments.
     """
-    if images < MIN_IMAGES:
-        raise UsageError(f"--images {images}: a devkit needs at least {MIN_IMAGES} images.")
-    if not MIN_SIZE <= size <= MAX_SIZE:
-        raise UsageError(f"--size {size}: the long side has {MIN_SIZE} to {MAX_SIZE} pixels.")
     out = Path(out)
-    _claim_folder(out, {"images": images, "size": size, "seed": seed})
+    arguments = json.dumps({"images": images, "size": size, "seed": seed}) + "\n"
+    _write_marker(out / MARKER, arguments.encode())
     ids = [f"toy_{index:06d}" for index in range(images)]
     for index, image_id in enumerate(cli.progress(ids, "toy devkit")):
-        _write_scene(out, image_id, draw_scene(size, seed, index))
+        image, label, names = draw_scene(size, seed, index)
+        with atomic_write(out / "JPEGImages" / f"{image_id}.jpg") as file:
+            Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+        save_index_png(out / "SegmentationClassAug" / f"{image_id}.png", label)
+        save_index_png(out / "SegmentationClass" / f"{image_id}.png", _with_void(label))
+        objects = "".join(f"<object><name>{name}</name></object>\n" for name in names)
+        with atomic_write(out / "Annotations" / f"{image_id}.xml") as file:
+            file.write(f"<annotation>\n{objects}</annotation>\n".encode())
 
     val = ids[1::VAL_STRIDE]
     train = sorted(set(ids) - set(val))
-    for split, members in {"train": train, "val": val, "trainval": ids}.items():
+    for split, members in {"train": train, "val": val}.items():
         with atomic_write(out / "ImageSets" / "Segmentation" / f"{split}.txt") as file:
             file.write("".join(f"{image_id}\n" for image_id in members).encode())
     print(f"{out}: {images} images ({len(train)} train, {len(val)} val).")
 
 
-def _claim_folder(out: Path, arguments: dict[str, int]) -> None:
-    """Mark ``out`` as the devkit of these arguments, or refuse it.
-
-    The marker comes first: a folder is never half ours. A devkit of other arguments is refused,
-    for its images would stay among the new ones.
-    """
-    content = (json.dumps(arguments) + "\n").encode()
-    marker = out / MARKER
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file; name a folder for the devkit.")
-    if marker.is_file():
-        if marker.read_bytes() != content:
-            raise DataError(f"{out}: holds a toy devkit of other arguments; remove it first.")
-    elif out.is_dir() and any(out.iterdir()):
-        raise DataError(f"{out}: is not empty and no toy devkit; name a new folder.")
+def _write_marker(marker: Path, content: bytes) -> None:
+    """Write the marker into a new folder before anything else; raise DataError in any other."""
+    folder = marker.parent
+    if marker.is_file() and marker.read_bytes() == content:
+        return
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise DataError(
+            f"{folder}: exists, and is not a toy devkit of these arguments; name a new folder."
+        )
     with atomic_write(marker) as file:
         file.write(content)
-
-
-def _write_scene(out: Path, image_id: str, scene: Scene) -> None:
-    with atomic_write(out / "JPEGImages" / f"{image_id}.jpg") as file:
-        Image.fromarray(scene.image).save(file, format="JPEG", quality=JPEG_QUALITY)
-    save_index_png(out / "SegmentationClassAug" / f"{image_id}.png", scene.label)
-    save_index_png(out / "SegmentationClass" / f"{image_id}.png", _with_void(scene.label))
-    with atomic_write(out / "Annotations" / f"{image_id}.xml") as file:
-        file.write(_annotation_xml(image_id, scene))
 
 
 def _with_void(label: np.ndarray) -> np.ndarray:
@@ -172,33 +143,18 @@ def _with_void(label: np.ndarray) -> np.ndarray:
     return np.where(highest == lowest, label, VOID).astype(np.uint8)
 
 
-def _annotation_xml(image_id: str, scene: Scene) -> bytes:
-    height, width, depth = scene.image.shape
-    root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = f"{image_id}.jpg"
-    size = ElementTree.SubElement(root, "size")
-    for tag, value in {"width": width, "height": height, "depth": depth}.items():
-        ElementTree.SubElement(size, tag).text = str(value)
-    ElementTree.SubElement(root, "segmented").text = "1"
-    for name, box in scene.objects:
-        element = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(element, "name").text = name
-        ElementTree.SubElement(element, "difficult").text = "0"
-        bounds = ElementTree.SubElement(element, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            ElementTree.SubElement(bounds, tag).text = str(value + 1)  # VOC counts from 1
-    ElementTree.indent(root, "\t")
-    return ElementTree.tostring(root) + b"\n"
+def draw_scene(size: int, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Image ``index`` of the devkit with this seed; its long side is ``size`` pixels.
 
-
-def draw_scene(size: int, seed: int, index: int) -> Scene:
-    """Image ``index`` of the devkit with this seed; its long side is ``size`` pixels."""
+    Returns the image, uint8 H x W x 3 RGB; its label, uint8 H x W, 0 background and k + 1 class k
+    without void; and the classes of its objects, the farthest first.
+    """
     rng = np.random.default_rng([seed, index])
     short = round(size * rng.uniform(*SHORT_SIDE))
     height, width = (short, size) if rng.random() < 0.5 else (size, short)
     canvas = _background(rng, height, width)  # float H x W x 3
     blobs, names = [], []
-    owner = np.full((height, width), -1)  # the blob seen at each pixel, -1 the background
+    owner = np.full((height, width), -1)  # the blob visible at each pixel, -1 the background
     for name in _draw_names(rng, index):
         placed = _place(rng, LOOKS[name], size, blobs, owner)
         if placed is None:
@@ -210,34 +166,32 @@ def draw_scene(size: int, seed: int, index: int) -> Scene:
         canvas += (colour - canvas) * blob.coverage[..., None]
     canvas += rng.normal(0, 0.015, (height, width, 1))  # sensor noise
     image = np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
-
-    classes = np.array([0] + [VOC_CLASSES.index(name) + 1 for name in names], np.uint8)
-    objects = tuple(ToyObject(name, _box(owner == place)) for place, name in enumerate(names))
-    return Scene(image, classes[owner + 1], objects)
+    labels = np.array([0] + [VOC_CLASSES.index(name) + 1 for name in names], np.uint8)
+    return image, labels[owner + 1], names
 
 
 def _draw_names(rng: np.random.Generator, index: int) -> list[str]:
     """One to three different classes, the farthest first.
 
-    The one that is always there goes round by index, which balances the classes. Their number and
-    VAL_STRIDE have no common divisor, so that every class meets train and val alike.
+    The first class cycles with the index, which balances the classes. Their number and VAL_STRIDE
+    have no common divisor, so that every class is in train and val.
     """
-    always = TOY_CLASSES[index % len(TOY_CLASSES)]
-    others = [name for name in TOY_CLASSES if name != always]
+    first = TOY_CLASSES[index % len(TOY_CLASSES)]
+    others = [name for name in TOY_CLASSES if name != first]
     count = rng.choice(OBJECT_COUNTS, p=OBJECT_COUNT_ODDS)
-    return [always, *rng.choice(others, count - 1, replace=False).tolist()]
+    return [first, *rng.choice(others, count - 1, replace=False).tolist()]
 
 
 def _place(
     rng: np.random.Generator, look: Look, size: int, blobs: list[_Blob], owner: np.ndarray
 ) -> tuple[_Blob, np.ndarray] | None:
-    """A blob in front of the others and the new owners, or None where it would hide too much."""
+    """A blob in front of the others and the new owners; None if it would hide too much."""
     for _ in range(PLACEMENT_TRIES):
         blob = _draw_blob(rng, look, size, *owner.shape)
         new_owner = np.where(blob.mask, len(blobs), owner)
         if all(
-            (new_owner[part] == place).mean() >= MIN_VISIBLE
-            for place, other in enumerate(blobs)
+            (new_owner[part] == index).mean() >= MIN_VISIBLE
+            for index, other in enumerate(blobs)
             for part in (other.mask, other.head_mask)
         ):
             return blob, new_owner
@@ -245,7 +199,7 @@ def _place(
 
 
 def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, width: int) -> _Blob:
-    """A star-shaped blob, hence connected: a superellipse with the class's lobes and a wobble."""
+    """A connected, star-shaped blob: a superellipse with the lobes of its class and a wobble."""
     diameter = size * rng.uniform(*DIAMETER)
     length = diameter / 2 * np.sqrt(look.aspect) * rng.uniform(0.93, 1.07)
     breadth = diameter**2 / 4 / length
@@ -266,17 +220,16 @@ def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, wid
 
     # The head ends at a slightly curved line across the blob.
     rank = along + rng.uniform(-0.25, 0.25) * across**2 / breadth
-    start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(*HEAD_SHARE))
+    start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(*HEAD_FRACTION))
     head = ((rank - start) / (HEAD_FADE * size) + 0.5).clip(0, 1)
     return _Blob(coverage, head, (1 - distance / radius).clip(0, 1), along, across)
 
 
 def _colour(rng: np.random.Generator, look: Look, blob: _Blob, size: int) -> np.ndarray:
-    """The blob's surface, float H x W x 3: its class's pattern, on the body but faintly.
+    """The blob's surface, float H x W x 3: the pattern of its class, faint on the body.
 
-    The pattern leaves some of the body's colour in the head: one surface, as on a striped animal,
-    rather than two objects side by side. A body without any trace of its class would get no
-    activation at all, and count as confident background.
+    The head keeps some of the body's colour, so that both look like one object. A body without any
+    trace of its class would get no activation at all and become confident background.
     """
     body = _rgb(rng.uniform(0.05, 0.13), rng.uniform(0.3, 0.6), rng.uniform(0.65, 0.92))
     hue, saturation, value = look.hsv
@@ -326,39 +279,24 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value))
 
 
-def _box(visible: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
-
-
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of ``python3 -m voc12.toy``."""
     parser = argparse.ArgumentParser(
         "python3 -m voc12.toy", description=__doc__, formatter_class=cli.help_formatter
     )
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help="folder of the devkit, made if missing"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder of the devkit; created if missing")
+    add(
         "--images",
         default=160,
-        type=cli.number(int, 1),
-        help=f"number of images, at least {MIN_IMAGES}; every {VAL_STRIDE}th is a val image",
+        type=cli.number(int, MIN_IMAGES),
+        help=f"number of images; one of every {VAL_STRIDE} is a val image",
     )
-    parser.add_argument(
-        "--size",
-        default=192,
-        type=cli.number(int, 1),
-        help=f"long side of an image in pixels, {MIN_SIZE} to {MAX_SIZE}",
-    )
-    parser.add_argument(
-        "--seed", default=0, type=cli.number(int, 0), help="another seed, another data set"
-    )
+    add("--size", default=192, type=cli.number(int, *SIZES), help="long side of an image in pixels")
+    add("--seed", default=0, type=cli.number(int, 0), help="another seed gives another data set")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the devkit that the command line asks for."""
     make_devkit(args.out, args.images, args.size, args.seed)
 
 
