@@ -1,8 +1,7 @@
-# make demo   the four stages on a synthetic devkit, scored, with pages to look at (about 5 minutes,
-#             CPU)
-# make test   lint and the whole test suite
+# make demo      the four stages on a synthetic devkit, with scores and report pages (3 to 5 minutes)
+# make test      lint and the whole test suite
 # make coverage  the test suite, with the lines and branches that it covers (at least 95 and 90 %)
-# make setup  only the virtual environment; the others do it when needed
+# make setup     only the virtual environment, which the others make when needed
 
 PYTHON ?= python3
 VENV := .venv
@@ -43,7 +42,7 @@ lint: setup
 
 setup: $(VENV)/.installed
 
-# Installed anew whenever the requirements change.
+# Installed again whenever the requirements change.
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
