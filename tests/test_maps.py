@@ -1,16 +1,15 @@
 """Maps and index images on disk: exact round trips, whole files, and no code from a file."""
 
+import io
 import os
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pytest
-from helpers import dict_pickle, npy
-from hypothesis import given
+from helpers import npy
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -21,6 +20,7 @@ from tool.maps import (
     load_index_png,
     load_maps,
     load_npy_dict,
+    maps_file,
     open_image,
     save_index_png,
     save_maps,
@@ -28,47 +28,58 @@ from tool.maps import (
 )
 from tool.run.errors import DataError
 
-
-class _Calls:
-    """Pickled as a call: reading it with pickle.load calls ``function(*arguments)``."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.reduced = (function, arguments, state)
-
-    def __reduce__(self):
-        return self.reduced
+SIZE = (2, 3)
 
 
 # ---- round trips ----
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@settings(max_examples=10)
 @given(
     st.dictionaries(st.integers(0, 250), st.integers(0, 99), max_size=4),
     hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
 )
-def test_maps_come_back_as_they_were_sorted_by_class(tmp_path_factory, seeds, shape):
+def test_maps_come_back_as_they_were_sorted_by_class(tmp_path_factory, suffix, seeds, shape):
     maps = {k: np.random.default_rng(seed).random(shape, np.float32) for k, seed in seeds.items()}
-    path = tmp_path_factory.mktemp("maps") / "a.npy"
+    path = tmp_path_factory.mktemp("maps") / f"a.b{suffix}"
     save_maps(path, maps)
-    loaded = load_maps(path, shape)
-    assert list(loaded) == sorted(maps)
-    for k, values in loaded.items():
-        assert values.dtype == np.float32
-        assert np.array_equal(values, maps[k])
+    for named in (path, path.with_name("a.b.npy")):
+        loaded = load_maps(named, shape)
+        assert list(loaded) == sorted(maps)
+        for k, values in loaded.items():
+            assert type(values) is np.ndarray
+            assert values.dtype == np.float32
+            assert np.array_equal(values, maps[k])
 
 
 def test_maps_are_what_numpy_reads(tmp_path):
-    maps = {4: np.ones((2, 3), np.float32), 14: np.zeros((2, 3), np.float32)}
+    maps = {4: np.ones(SIZE), np.int64(14): np.zeros(SIZE)}
     save_maps(tmp_path / "a.npy", maps)
     read = np.load(tmp_path / "a.npy", allow_pickle=True).item()
-    assert list(read) == [4, 14]
-    assert all(np.array_equal(read[k], maps[k]) for k in maps)
+    assert {k: v.dtype for k, v in read.items()} == {4: "f4", 14: "f4"}
+    save_maps(tmp_path / "a.npz", maps, "float16")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as read:
+        assert {name: values.dtype for name, values in read.items()} == {"4": "f2", "14": "f2"}
 
 
-def test_maps_are_stored_as_float32(tmp_path):
-    save_maps(tmp_path / "a.npy", {np.int64(3): np.full((2, 2), 0.1)})
-    (values,) = load_npy_dict(tmp_path / "a.npy").values()
-    assert values.dtype == np.float32
+def test_the_same_maps_are_the_same_bytes(tmp_path, rng):
+    maps = {3: rng.random((20, 30), np.float32)}
+    for name in ("a", "b"):
+        save_maps(tmp_path / f"{name}.npz", maps)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_float16_rounds_to_three_digits(suffix, tmp_path, rng):
+    maps = {0: rng.random((50, 60), np.float32)}
+    for dtype in ("float32", "float16"):
+        save_maps(tmp_path / f"{dtype}{suffix}", maps, dtype)
+    exact, rounded = (load_maps(tmp_path / f"{d}{suffix}")[0] for d in ("float32", "float16"))
+    assert np.array_equal(exact, maps[0])
+    assert 0 < np.abs(rounded - exact).max() <= 2**-12
+    sizes = [(tmp_path / f"{d}{suffix}").stat().st_size for d in ("float32", "float16")]
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_label_dict_comes_back(tmp_path, rng):
@@ -79,24 +90,36 @@ def test_label_dict_comes_back(tmp_path, rng):
     assert all(np.array_equal(loaded[k], labels[k]) for k in labels)
 
 
-@pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
-@pytest.mark.parametrize("protocol", [2, 3])
-def test_files_of_numpy_1_and_2_and_of_python_2_are_read(core, protocol, tmp_path, rng):
-    maps = {4: rng.random((3, 5), np.float32), np.int64(14): rng.random((3, 5), np.float32)}
-    payload = dict_pickle(maps, protocol, core)
-    assert core + b".multiarray" in payload
-    (tmp_path / "a.npy").write_bytes(npy(payload))
-    loaded = load_maps(tmp_path / "a.npy", (3, 5))
-    assert list(loaded) == [4, 14]
-    assert all(np.array_equal(loaded[k], values) for k, values in maps.items())
-
-
-def test_maps_of_other_number_types_and_byte_orders_are_read(tmp_path):
-    maps = {0: np.array([[1, 2]], ">f8"), 1: np.array([[3, 4]], "<f2"), 2: np.array([[5, 6]], "u1")}
+def test_maps_of_other_number_types_orders_and_compressions_are_read(tmp_path):
+    maps = {0: np.array([[1, 2]], ">f8"), 1: np.array([[3, 4]], "<f2")}
+    maps[12] = np.asfortranarray(np.array([[5, 6]], "u1"))
     save_npy_dict(tmp_path / "a.npy", maps)
-    loaded = load_maps(tmp_path / "a.npy")
-    assert [values.tolist() for values in loaded.values()] == [[[1, 2]], [[3, 4]], [[5, 6]]]
-    assert all(values.dtype == np.float32 for values in loaded.values())
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / f"{save.__name__}.npz", **{str(k): v for k, v in maps.items()})
+    for path in tmp_path.iterdir():
+        loaded = load_maps(path, (1, 2))
+        assert list(loaded) == [0, 1, 12]
+        assert [values.tolist() for values in loaded.values()] == [[[1, 2]], [[3, 4]], [[5, 6]]]
+        assert all(values.dtype == np.float32 for values in loaded.values())
+
+
+# ---- which file ----
+
+
+def test_maps_file_is_the_form_that_exists(tmp_path):
+    assert maps_file(tmp_path / "a.npy") == tmp_path / "a.npy"
+    save_maps(tmp_path / "a.npz", {})
+    assert maps_file(tmp_path / "a.npy") == tmp_path / "a.npz"
+    assert maps_file(tmp_path / "a.png") == tmp_path / "a.png"
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npz").read_bytes())
+    with pytest.raises(DataError, match=r"a\.npy: exists as a\.npz, too"):
+        maps_file(tmp_path / "a.npy")
+
+
+def test_writing_one_form_removes_the_other(tmp_path):
+    for suffix in (".npz", ".npy", ".npz"):
+        save_maps(tmp_path / f"a.b{suffix}", {1: np.ones(SIZE)})
+        assert [path.name for path in tmp_path.iterdir()] == [f"a.b{suffix}"]
 
 
 # ---- what maps must be ----
@@ -125,12 +148,6 @@ def test_maps_that_cannot_be_maps_are_a_data_error(content, message, tmp_path):
     assert str(tmp_path / "a.npy") in str(error.value)
 
 
-def test_maps_of_another_size_than_the_image_are_a_data_error(tmp_path):
-    save_maps(tmp_path / "a.npy", {1: np.ones((2, 3))})
-    with pytest.raises(DataError, match="2 x 3 and 4 x 3"):
-        load_maps(tmp_path / "a.npy", (4, 3))
-
-
 def test_missing_file_is_a_data_error(tmp_path):
     for read in (load_maps, load_npy_dict, load_index_png, open_image):
         with pytest.raises(DataError, match="none"):
@@ -140,11 +157,8 @@ def test_missing_file_is_a_data_error(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"not an npy file",
         b"\x93NUMPY\x09\x00",
-        npy(b""),
-        npy(pickle.dumps(np.array({0: 1}, dtype=object), 3)[:-5]),
         npy(pickle.dumps([1, 2], 3)),
         npy(np.ones(3).tobytes(), (3,), "<f8"),
         npy(pickle.dumps({0: 1}, 3), (1,)),
@@ -156,115 +170,88 @@ def test_damaged_file_or_other_content_is_a_data_error(content, tmp_path):
         load_npy_dict(tmp_path / "a.npy")
 
 
-def test_every_truncation_is_a_data_error(tmp_path):
-    save_maps(tmp_path / "whole.npy", {1: np.ones((2, 3))})
-    whole = (tmp_path / "whole.npy").read_bytes()
+def _array_file(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+GOOD = _array_file(np.ones(SIZE, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cat.npy": GOOD}, "'cat' is not named by a class"),
+        ({"-1.npy": GOOD}, "not named by a class"),
+        ({"01.npy": GOOD}, "not named by a class"),
+        ({"1/../2.npy": GOOD}, "not named by a class"),
+        ({"²": GOOD}, "not named by a class"),
+        ({"1.npy": _array_file(np.ones((3, 3)))}, "2 x 3 and 3 x 3"),
+        ({"1.npy": _array_file(np.ones(6))}, "not a two-dimensional"),
+        ({"1.npy": _array_file(np.full(SIZE, np.nan))}, "class 1 has values that are not finite"),
+        ({"1.npy": _array_file(np.full(SIZE, "a"))}, "not a two-dimensional number array"),
+        ({"1.npy": _array_file(np.full(SIZE, None))}, "not a readable .npz"),
+        ({"1.npy": _array_file(np.zeros(SIZE, "f4,f4"))}, "not a two-dimensional number array"),
+        ({"1.npy": b"no array"}, "not a two-dimensional number array"),
+        ({"1.npy": GOOD[:-1]}, "not a readable .npz"),
+        ({"1.npy": b"\x93NUMPY\x01\x00\xff\xff" + b" " * 65535}, "not a readable .npz"),
+        ({"1.npy": GOOD.replace(b"'<f4'", b"f()  ")}, "not a readable .npz"),
+    ],
+)
+def test_archives_that_hold_no_maps_are_a_data_error(members, message, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        load_maps(tmp_path / "a.npz", SIZE)
+    assert str(error.value).startswith(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_every_truncation_and_changed_byte_is_a_data_error_or_harmless(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    save_maps(path, {1: np.ones(SIZE)})
+    whole = path.read_bytes()
     for length in range(0, len(whole), 3):
-        (tmp_path / "a.npy").write_bytes(whole[:length])
+        path.write_bytes(whole[:length])
         with pytest.raises(DataError):
-            load_npy_dict(tmp_path / "a.npy")
+            load_maps(path, SIZE)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            maps = load_maps(path, SIZE)
+        except DataError as error:
+            assert str(path) in str(error)
+            assert str(error).isprintable()
+        else:  # only the archive has a check sum
+            assert suffix == ".npy" or np.array_equal(maps[1], np.ones(SIZE))
 
 
 # ---- nothing is executed ----
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("place", ["instead", "key", "value", "in an array"])
-@pytest.mark.parametrize(
-    ("function", "argument"),
-    [
-        (eval, "open({!r}, 'w')"),
-        (exec, "open({!r}, 'w')"),
-        (os.system, "touch {!r}"),
-        (subprocess.call, ["touch", "{}"]),
-        (os.mkdir, "{}"),
-        (open, "{}"),
-    ],
-)
-def test_pickle_that_calls_is_refused_and_not_executed(
-    function, argument, place, protocol, tmp_path
-):
-    marker = str(tmp_path / "executed")
-    if isinstance(argument, str):
-        call = _Calls(function, argument.format(marker))
-    else:
-        call = _Calls(function, [part.format(marker) for part in argument])
-    content = {
-        "instead": call,
-        "key": {call: np.ones((2, 3))},
-        "value": {1: call},
-        "in an array": {1: np.array([[call]], dtype=object)},
-    }[place]
-    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps(content, protocol)))
-    with pytest.raises(DataError, match="refused, because it wants to load"):
+class _Calls:
+    """Pickled as a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["instead", "key", "value"])
+def test_file_that_calls_is_refused_and_not_executed(where, tmp_path):
+    call = _Calls(tmp_path / "executed")
+    content = {"instead": call, "key": {call: np.ones(SIZE)}, "value": {1: call}}[where]
+    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps(content, 4)))
+    with pytest.raises(DataError, match=r"a\.npy: refused, because it wants to load posix\.mkdir"):
         load_maps(tmp_path / "a.npy")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
-
-
-@pytest.mark.parametrize(
-    "function", [getattr, __import__, np.load, np.fromfile, pickle.loads, Path, bytearray, print]
-)
-def test_pickle_may_name_nothing_but_arrays(function, tmp_path):
-    # Not even called: naming it is enough.
-    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps({0: function}, 3)))
-    with pytest.raises(DataError, match="refused"):
-        load_npy_dict(tmp_path / "a.npy")
-
-
-_EMPTY_ARRAY = np.zeros(0).__reduce__()[0]
-_OBJECT = np.dtype("O")
-_UNDECLARED_OBJECT = _Calls(
-    # A structured type that holds a pointer and does not say so.
-    np.dtype,
-    "V8",
-    False,
-    True,
-    state=(3, "|", None, ("a",), {"a": (_OBJECT, 0)}, 8, 1, 0),
-)
-
-
-def _array(shape, dtype, data) -> _Calls:
-    state = (1, shape, dtype, False, data)
-    return _Calls(_EMPTY_ARRAY, np.ndarray, (0,), b"b", state=state)
-
-
-@pytest.mark.parametrize(
-    "forged",
-    [
-        _Calls(np.ndarray, (1,), _OBJECT, b"A" * 8),
-        _Calls(_EMPTY_ARRAY, np.ndarray, (2**40,), b"b"),
-        _array((3,), _OBJECT, [1]),
-        _array((3,), _OBJECT, b"A" * 24),
-        _array((20,), _UNDECLARED_OBJECT, b"A" * 160),
-        _array((4000,), np.dtype("f4"), b"A" * 32),
-        _array((-2, -4), np.dtype("f4"), b"A" * 32),
-    ],
-    ids=[
-        "pointers as a buffer",
-        "unbacked memory",
-        "fewer objects than cells",
-        "pointers as a state",
-        "pointers in a structure",
-        "fewer bytes than cells",
-        "negative sides",
-    ],
-)
-def test_pickle_that_forges_an_array_is_a_data_error_and_no_crash(forged, tmp_path):
-    # In a process of its own: bytes that are taken for pointers would end this one.
-    (tmp_path / "a.npy").write_bytes(npy(pickle.dumps({0: forged}, 3)))
-    program = (
-        "import sys; from tool.run.errors import DataError; from tool.maps import load_npy_dict\n"
-        "try: load_npy_dict(sys.argv[1])\n"
-        "except DataError: print('refused')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "a.npy")],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+    np.savez(tmp_path / "b.npz", **{"1": np.array([[call]], dtype=object)})
+    with pytest.raises(DataError, match=r"b\.npz: not a readable"):
+        load_maps(tmp_path / "b.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npz"]
 
 
 # ---- atomic writing ----
@@ -286,16 +273,6 @@ def test_exception_in_the_block_leaves_the_old_file_and_nothing_else(exception, 
         file.write(b"half")
         raise exception
     assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_unwritable_maps_leave_the_old_file(tmp_path):
-    path = tmp_path / "a.npy"
-    save_maps(path, {1: np.ones((2, 3))})
-    old = path.read_bytes()
-    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save_npy_dict(path, {1: lambda: None})  # cannot be pickled
-    assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -321,12 +298,6 @@ def test_index_image_comes_back_as_it_was(tmp_path_factory, label):
     with Image.open(path) as image:
         assert image.mode == "P"
         assert image.getpalette() == voc_palette()
-
-
-def test_all_256_values_survive(tmp_path):
-    label = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    save_index_png(tmp_path / "a.png", label)
-    assert np.array_equal(load_index_png(tmp_path / "a.png"), label)
 
 
 def test_palette_is_the_one_of_voc():
@@ -360,15 +331,6 @@ def test_image_of_colours_is_no_index_image(mode, tmp_path):
     Image.new(mode, (3, 2)).save(path)
     with pytest.raises(DataError, match="mode"):
         load_index_png(path)
-
-
-def test_truncated_image_is_a_data_error(tmp_path, rng):
-    save_index_png(tmp_path / "whole.png", rng.integers(0, 20, (50, 50)).astype(np.uint8))
-    whole = (tmp_path / "whole.png").read_bytes()
-    for part in (whole[:10], whole[: len(whole) // 2], b"", b"GIF89a"):
-        (tmp_path / "a.png").write_bytes(part)
-        with pytest.raises(DataError, match="not a readable image"):
-            load_index_png(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("label", [np.zeros((2, 3), int), np.zeros((2, 3, 1), np.uint8)])

@@ -8,7 +8,7 @@ import pytest
 from weight_files import params
 
 from tool.weights.caffe import read_caffemodel
-from tool.weights.mxnet import MAX_ARRAYS, read_params
+from tool.weights.mxnet import read_params
 
 VERSIONS = ("legacy", "V1", "V2", "V3")
 
@@ -45,7 +45,7 @@ def test_arrays_come_back_exactly(version, named, arrays):
         assert np.array_equal(array, expected)
 
 
-def test_numbers_stay_where_they_are(arrays):
+def test_numbers_are_not_copied(arrays):
     content = params({"a": arrays["arg:conv_weight"]})
     assert np.shares_memory(_read(content)["a"], np.frombuffer(content, np.uint8))
 
@@ -63,23 +63,21 @@ V2 = 0xF993FAC9
     ("content", "message"),
     [
         (struct.pack("<3Q", 0x113, 0, 0), "does not begin"),
-        (struct.pack("<3Q", 0x112, 0, 2**60), "states .* arrays"),
-        (struct.pack("<3Q", 0x112, 0, MAX_ARRAYS), "ends too early"),
+        (struct.pack("<3Q", 0x112, 0, 2**60), "ends too early"),
         (struct.pack("<4Q", 0x112, 0, 0, 2**60), "0 arrays, but"),
         (struct.pack("<3Q", 0x112, 0, 0), "ends too early"),
         (params({"a": np.ones(2)}) + b"\0", "behind its end"),
-        (params({"a": np.ones(2), "b": np.ones(1)}).replace(b"b", b"a"), "two arrays of one name"),
         (_one(("<IiI2q", V2, 0, 2, 2**40, 2**40), ("<3i", 1, 0, 0)), "ends too early"),
         (_one(("<IiI4q", V2, 0, 4, *[2**62] * 4), ("<3i", 1, 0, 0)), "ends too early"),
         (_one(("<IiIq", V2, 0, 1, -4), ("<3i", 1, 0, 0)), r"shape \(-4,\)"),
         (_one(("<IiIq", V2, 0, 1, 1), ("<3i", 1, 0, 7)), "type 7"),
         (_one(("<IiIq", V2, 0, 1, 1), ("<3i", 1, 0, -1)), "type -1"),
         (_one(("<IiIq", V2, 1, 1, 1), ("<3i", 1, 0, 0)), "sparse"),
-        (_one(("<IiI", V2, 0, 2**31)), "sides"),
-        (_one(("<I", 33)), "33 sides"),
+        (_one(("<IiI", V2, 0, 2**31)), "ends too early"),
+        (_one(("<I", 33)), "ends too early"),
     ],
 )
-def test_damaged_file_is_an_error_that_says_why(content, message):
+def test_damaged_file_is_an_error_with_its_reason(content, message):
     with pytest.raises(ValueError, match=message):
         _read(content)
 

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-V1_MAGIC, V2_MAGIC, V3_MAGIC = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
+MAGICS = {"V1": 0xF993FAC8, "V2": 0xF993FAC9, "V3": 0xF993FACA}
 TYPE_NUMBERS = {"f4": 0, "f8": 1, "f2": 2, "u1": 3, "i4": 4, "i1": 5, "i8": 6}
 CAFFE_FORMS = ("packed", "unpacked", "double", "unpacked double")
 
@@ -61,16 +61,13 @@ def params(arrays: dict[str, np.ndarray], version: str = "V2", named: bool = Tru
     """An MXNet list of arrays; ``version`` is legacy, V1, V2 or V3."""
     parts = [struct.pack("<3Q", 0x112, 0, len(arrays))]
     for array in arrays.values():
-        ndim = array.ndim
-        parts.append(
-            {
-                "legacy": lambda n=ndim, s=array.shape: struct.pack(f"<I{n}I", n, *s),
-                "V1": lambda n=ndim, s=array.shape: struct.pack(f"<2I{n}q", V1_MAGIC, n, *s),
-                "V2": lambda n=ndim, s=array.shape: struct.pack(f"<IiI{n}q", V2_MAGIC, 0, n, *s),
-                "V3": lambda n=ndim, s=array.shape: struct.pack(f"<IiI{n}q", V3_MAGIC, 0, n, *s),
-            }[version]()
-        )
-        if ndim:
+        if version != "legacy":
+            parts.append(struct.pack("<I", MAGICS[version]))
+        if version in ("V2", "V3"):
+            parts.append(struct.pack("<i", 0))  # dense
+        side = "I" if version == "legacy" else "q"
+        parts.append(struct.pack(f"<I{array.ndim}{side}", array.ndim, *array.shape))
+        if array.ndim:
             parts.append(struct.pack("<3i", 1, 0, TYPE_NUMBERS[array.dtype.str[1:]]))
             parts.append(array.tobytes())
     names = list(arrays) if named else []

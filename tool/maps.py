@@ -1,23 +1,18 @@
-"""Maps and index images on disk: written whole or not at all, read without executing anything.
+"""Maps and index images on disk: written whole or not at all, read without running any code.
 
-*Maps* are what the stages hand on: a dict ``{class index: float32 H x W}``, one file per image, in
-one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle, and a pickle may run any
-code when it is read; so ``load_npy_dict`` reads it through an unpickler that admits NumPy arrays,
-plain containers, numbers and strings, and nothing else. ``.npz`` is compressed and has no pickle: a
-zip archive of arrays named by class. What is said of ``<id>.npy`` holds for an ``<id>.npz`` in its
-place (see ``maps_file``).
+*Maps* are what the stages pass on: a dict ``{class index: float32 H x W}``, one file per image, in
+one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle, which is read by
+``tool.safe_pickle``. ``.npz`` is compressed and has no pickle: a zip archive of arrays named by
+class. Wherever ``<id>.npy`` is expected, an ``<id>.npz`` may take its place (see ``maps_file``).
 
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
-import math
-import mmap
+import io
 import os
-import re
-import sys
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +20,17 @@ import numpy as np
 from PIL import Image
 
 from tool.files import atomic_write
-from tool.labels import VOID, voc_palette
-from tool.pickles import Budget, Constructor, ForbiddenError, Pending, map_file, read_pickle
+from tool.labels import voc_palette
 from tool.run.errors import DataError, reason
+from tool.safe_pickle import ForbiddenError, read_pickle
 
 # The forms of maps, by file name ending.
 MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
-# Bytes of an array's header in an .npz file; NumPy writes 128.
-MAX_HEADER_BYTES = 4096
 # What photographs and masks come in. Pillow knows more, but for some starts other programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 # How far scores may be from 0..1, and CRF scores from summing to one.
 PROBABILITY_TOLERANCE = 1e-3
-# Share of background by which the high alpha's scores must exceed the low one's to be told apart.
+# By how much more background must the high alpha have on average to count as swapped with the low.
 SWAPPED_MARGIN = 0.02
 
 
@@ -53,22 +46,22 @@ def load_npy_dict(path: str | os.PathLike) -> dict:
     Raises DataError if the file is missing, damaged, holds something else than a dict, or wants
     anything but arrays, plain containers, numbers and strings.
     """
-    try:
-        content = _read_npy_object(map_file(path))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ForbiddenError as error:
-        raise DataError(
-            f"{path}: refused, because it wants to load {error}; "
-            "a file of maps or labels holds arrays and numbers only."
-        ) from error
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise DataError(
-            f"{path}: not a readable .npy dict ({reason(error)}); write it again."
-        ) from error
+    with _data_errors(path, ".npy dict"):
+        content = _read_npy_object(Path(path).read_bytes())
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a dict.")
-    return content
+    return {k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in content.items()}
+
+
+def _read_npy_object(data: bytes) -> Any:
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its version is not 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.dtype(object) or shape != ():
+        raise ValueError(f"it is an array of {dtype} with shape {shape} instead of a dict")
+    content = read_pickle(file.read())
+    return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
 
 
 def save_maps(
@@ -85,32 +78,27 @@ def save_maps(
             np.savez_compressed(file, **{str(k): v for k, v in content.items()})
     else:
         save_npy_dict(path, content)
-    for other in _other_forms(path):
+    if other := _other_form(path):
         other.unlink(missing_ok=True)
 
 
 def maps_file(path: str | os.PathLike) -> Path:
     """The file that has the maps of ``<id>.npy``: that one, or the ``<id>.npz`` in its place.
 
-    Raises DataError if there are both.
+    Raises DataError if both exist.
     """
     path = Path(path)
-    others = [other for other in _other_forms(path) if other.exists()]
-    if not others:
+    other = _other_form(path)
+    if other is None or not other.exists():
         return path
     if path.exists():
-        raise DataError(f"{path}: is there as {others[0].name}, too; remove the outdated one.")
-    return others[0]
+        raise DataError(f"{path}: exists as {other.name}, too; remove the outdated one.")
+    return other
 
 
-def _other_forms(path: Path) -> list[Path]:
-    if path.suffix not in MAP_FORMATS.values():
-        return []
-    # Not with_suffix: an id may hold dots.
-    stem = path.name.removesuffix(path.suffix)
-    return [
-        path.with_name(stem + ending) for ending in MAP_FORMATS.values() if ending != path.suffix
-    ]
+def _other_form(path: Path) -> Path | None:
+    suffix = {".npy": ".npz", ".npz": ".npy"}.get(path.suffix)
+    return path.with_suffix(suffix) if suffix else None
 
 
 def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> dict:
@@ -121,87 +109,50 @@ def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> d
     """
     path = maps_file(path)
     is_npz = path.suffix == MAP_FORMATS["npz"]
-    content = _load_npz_maps(path, size) if is_npz else load_npy_dict(path)
-    maps = {}
-    for key in sorted(content, key=_class_index_or_refuse(path)):
-        value = content[key]
+    content = _load_npz(path) if is_npz else load_npy_dict(path)
+    maps: dict[int, np.ndarray] = {}
+    for key, value in content.items():
+        if isinstance(key, bool) or not isinstance(key, int | np.integer) or key < 0:
+            raise DataError(f"{path}: {key!r} is not a class index; maps are keyed by class.")
         if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
             raise DataError(
                 f"{path}: the map of class {key} is not a two-dimensional number array."
             )
         maps[int(key)] = value.astype(np.float32, copy=False)
-    shapes = {value.shape for value in maps.values()}
-    if size is not None:
-        shapes.add(tuple(size))
-    if len(shapes) > 1:
-        raise _sizes_differ(path, shapes)
-    for key, value in maps.items():
-        if not np.isfinite(value).all():
+        if not np.isfinite(maps[int(key)]).all():
             raise DataError(f"{path}: the map of class {key} has values that are not finite.")
-    return maps
+    shapes = {value.shape for value in maps.values()} | ({tuple(size)} if size else set())
+    if len(shapes) > 1:
+        sizes = " and ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
+        raise DataError(f"{path}: maps and image differ in size ({sizes}); make the maps again.")
+    return dict(sorted(maps.items()))
 
 
-def _sizes_differ(path: Path, shapes: Iterable[tuple[int, ...]]) -> DataError:
-    sizes = " and ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
-    return DataError(f"{path}: maps and image differ in size ({sizes}); make the maps again.")
+def _load_npz(path: Path) -> dict[int, Any]:
+    """The arrays of an ``.npz`` file by class; anything else in it as bytes."""
+    with _data_errors(path, ".npz of maps"), np.load(path, allow_pickle=False) as archive:
+        for name in archive.files:
+            if not name.isdecimal() or str(int(name)) != name:
+                raise ValueError(f"{name[:20]!r} is not named by a class index")
+        return {int(name): archive[name] for name in archive.files}
 
 
-def _load_npz_maps(path: Path, size: tuple[int, int] | None) -> dict[int, np.ndarray]:
-    """The arrays of an ``.npz`` file by class, none of them larger than the image."""
+@contextmanager
+def _data_errors(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    """Turns whatever reading such a file raises into a DataError of one sentence."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            names = [member.filename for member in members]
-            if len(members) > VOID or len(set(names)) < len(names):
-                raise ValueError(f"it has {len(members)} arrays, of {len(set(names))} names")
-            classes = [_class_of_member(name) for name in names]
-            if len(set(classes)) < len(classes):
-                raise ValueError("it has one class twice")
-            return {
-                key: _read_member(path, archive, member, size)
-                for key, member in zip(classes, members, strict=True)
-            }
-    except DataError:
-        raise
+        yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # a damaged archive can raise nearly anything
+    except ForbiddenError as error:
         raise DataError(
-            f"{path}: not a readable .npz of maps ({error}); write it again."
+            f"{path}: refused, because it wants to load {error}; "
+            "a file of maps or labels holds arrays and numbers only."
         ) from error
-
-
-def _class_of_member(name: str) -> int:
-    digits = name.removesuffix(MAP_FORMATS["npy"])
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 3):
-        raise ValueError(f"{name[:20]!r} is not named by a class index")
-    return int(digits)
-
-
-def _read_member(
-    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: tuple[int, int] | None
-) -> np.ndarray:
-    """One array; memory is taken only for what an image of that size can have."""
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is compressed in a way that NumPy does not use")
-    with archive.open(member) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{member.filename} is no array of .npy version 1.0")
-        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_HEADER_BYTES)
-        shape, is_fortran, dtype = header
-        if dtype.kind not in "fiu" or len(shape) != 2:
-            raise ValueError(f"{member.filename} is an array of {dtype} with shape {shape}")
-        if size is not None and shape != tuple(size):
-            raise _sizes_differ(path, {shape, tuple(size)})
-        cells, most = math.prod(shape), 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-        if min(shape) < 0 or cells > most:
-            raise ValueError(f"{member.filename} has the size {shape[0]} x {shape[1]}")
-        num_bytes = cells * dtype.itemsize
-        # One more, so that what is too long is noticed, and the check sum of the rest verified.
-        content = file.read(num_bytes + 1)
-    if len(content) != num_bytes:
-        raise ValueError(f"{member.filename} has {len(content)} bytes instead of {num_bytes}")
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise DataError(
+            f"{path}: not a readable {kind} ({reason(error)}); write it again."
+        ) from error
 
 
 def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -236,8 +187,8 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
 def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
     """Class activation maps {class: float32 H x W} of an image of the given (H, W).
 
-    Raises DataError as ``load_maps`` does, and for CRF scores, in which each class stands one
-    further, or a class that the class list does not have.
+    Raises DataError as ``load_maps`` does, and for CRF scores, whose class indices are one
+    higher, or a class that the class list does not have.
     """
     path = maps_file(path)
     maps = load_maps(path, size)
@@ -265,15 +216,6 @@ def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> N
                 f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
                 "are in 0..1; make the maps again with infer_cls.py."
             )
-
-
-def _class_index_or_refuse(path: str | os.PathLike):
-    def class_index(key: Any) -> int:
-        if isinstance(key, bool) or not isinstance(key, int | np.integer) or key < 0:
-            raise DataError(f"{path}: {key!r} is not a class index; maps are keyed by class.")
-        return int(key)
-
-    return class_index
 
 
 def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
@@ -322,110 +264,3 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         ) from error
     except Exception as error:  # a damaged image can raise nearly anything
         raise DataError(f"{path}: not a readable image ({error}).") from error
-
-
-# Code characters of the types that maps and labels have: numbers, truth values, text, objects.
-_TYPE_CODE = re.compile(r"[biufcSUO?]\d{0,9}")
-MAX_DIMENSIONS = 32
-# An array object, without its cells.
-ARRAY_BYTES = 128
-
-
-class _PickledType(Pending):
-    """Stands in for ``numpy.dtype``: numbers, strings and objects, in either byte order."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: str, *_: Any):
-        super().__init__()
-        if not isinstance(code, str) or not _TYPE_CODE.fullmatch(code):
-            raise ValueError(f"it has an array of {str(code)[:20]}")
-        self.dtype = np.dtype(code)
-
-    def build(self, state: tuple) -> np.dtype:
-        byte_order = state[1]  # the rest of the state repeats the code, or forges it
-        return self.dtype.newbyteorder(byte_order) if byte_order in ("<", ">") else self.dtype
-
-
-class _PickledArray(Pending):
-    """Stands in for an array that is being rebuilt.
-
-    NumPy's own constructors take a forged state at its word and then read memory that is not
-    theirs.
-    """
-
-    __slots__ = ("budget",)
-
-    def __init__(self, budget: Budget):
-        super().__init__()
-        self.budget = budget
-
-    def build(self, state: tuple) -> np.ndarray:
-        _, shape, dtype, is_fortran, content = state
-        if not (
-            isinstance(shape, tuple)
-            and len(shape) <= MAX_DIMENSIONS
-            and all(isinstance(side, int) and 0 <= side <= sys.maxsize for side in shape)
-        ):
-            raise ValueError("it has an array of an impossible shape")
-        cells, order = math.prod(shape), "F" if is_fortran else "C"
-        if not dtype.hasobject:
-            return _numbers(self.budget, dtype, content, cells).reshape(shape, order=order).copy()
-        if not isinstance(content, list) or len(content) != cells:
-            raise ValueError("it has an array without its objects")
-        self.budget.charge(ARRAY_BYTES + cells * dtype.itemsize)
-        flat = np.empty(cells, dtype)
-        for index, item in enumerate(content):
-            flat[index] = item
-        return flat.reshape(shape, order=order)
-
-
-def _numbers(budget: Budget, dtype: np.dtype, content: Any, count: int) -> np.ndarray:
-    """That many numbers or strings, where their raw bytes stand, which must all be there."""
-    if isinstance(content, str):  # bytes that Python 2 wrote
-        budget.require(2 * len(content))
-        content = memoryview(content.encode("latin1"))
-    size = count * dtype.itemsize
-    if dtype.hasobject or not isinstance(content, memoryview) or len(content) != size:
-        raise ValueError("it has an array without its bytes")
-    budget.require(ARRAY_BYTES + size)
-    return np.frombuffer(content, dtype) if size else np.empty(count, dtype)
-
-
-def _admitted_names(budget: Budget) -> dict[str, Any]:
-    """What ``numpy.save`` names in a pickle of arrays, under NumPy 1's and 2's modules."""
-
-    def scalar(dtype: np.dtype, content: memoryview | str) -> np.generic:
-        return _numbers(budget, dtype, content, 1)[0]
-
-    def encode_latin1(text: str, encoding: str) -> memoryview:
-        if encoding != "latin1":
-            raise ValueError(f"it has bytes in the encoding {encoding[:20]}")
-        budget.charge(len(text))
-        return memoryview(text.encode("latin1"))
-
-    names = {
-        "numpy.ndarray": "numpy.ndarray",  # only ever an argument of _reconstruct
-        "numpy.dtype": Constructor(_PickledType),
-        "_codecs.encode": Constructor(encode_latin1),  # bytes under pickle protocol 2
-    }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        names[f"{module}._reconstruct"] = Constructor(lambda *_: _PickledArray(budget))
-        names[f"{module}.scalar"] = Constructor(scalar)
-    return names
-
-
-def _read_npy_object(data: mmap.mmap) -> Any:
-    version = np.lib.format.read_magic(data)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"it is an .npy file of version {version}")
-    shape, _, dtype = read_header(data)
-    if dtype != np.dtype(object) or shape != ():
-        raise ValueError(f"it is an array of {dtype} with shape {shape} instead of a dict")
-    budget = Budget(len(data))
-    content, _ = read_pickle(data, data.tell(), _admitted_names(budget), budget)
-    return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
