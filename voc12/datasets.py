@@ -33,9 +33,6 @@ class _ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _normalized(self, image: Image.Image) -> np.ndarray:
-        return self.normalize(np.asarray(image))
-
 
 class ClassifierTrainingSet(_ImageSet):
     """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes])."""
@@ -62,7 +59,7 @@ class ClassifierTrainingSet(_ImageSet):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = transforms.colour_jitter(image, rng)
         # Cropped after normalization: what lies beyond the image is zero, the mean colour.
-        array = self._normalized(image)
+        array = self.normalize(np.asarray(image))
         box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
         array = transforms.crop_to_canvas(array, box, self.crop_size)
         label = self.devkit.image_label(image_id)
@@ -77,7 +74,7 @@ class ClassifierValidationSet(_ImageSet):
         self.crop_size = crop_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        array = self._normalized(self.devkit.load_image(self.ids[index]))
+        array = self.normalize(np.asarray(self.devkit.load_image(self.ids[index])))
         box = transforms.centre_box(*array.shape[:2], self.crop_size)
         array = transforms.crop_to_canvas(array, box, self.crop_size)
         label = self.devkit.image_label(self.ids[index])
@@ -105,10 +102,12 @@ class MultiScaleSet(_ImageSet):
     def __getitem__(self, index: int) -> MultiScaleSample:
         image_id = self.ids[index]
         image = self.devkit.load_image(image_id)
-        scaled = [self._normalized(transforms.rescale(image, scale)) for scale in self.scales]
-        tensors = [torch.from_numpy(transforms.to_chw(array)) for array in scaled]
+        scaled = []
+        for scale in self.scales:
+            array = self.normalize(np.asarray(transforms.rescale(image, scale)))
+            scaled.append(torch.from_numpy(transforms.to_chw(array)))
         label = self.devkit.image_label(image_id)
-        return MultiScaleSample(image_id, np.array(image), label, tensors)
+        return MultiScaleSample(image_id, np.array(image), label, scaled)
 
 
 class AffinityTrainingSet(_ImageSet):

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def load(
 def load_each(dataset: Dataset, num_workers: int, pin_memory: bool = False):
     """As ``load``, but every sample alone, and the DataError of a bad one in its place."""
     batches = ([index] for index in range(len(dataset)))
-    return _loader(dataset, batches, num_workers, _single, pin_memory)
+    return _loader(dataset, batches, num_workers, itemgetter(0), pin_memory)
 
 
 @contextmanager
@@ -97,11 +98,6 @@ def _raised(batch: Any) -> Any:
     if isinstance(batch, DataError):
         raise batch
     return batch
-
-
-def _single(samples: Sequence) -> Any:
-    (sample,) = samples
-    return sample
 
 
 def in_batches(order: Sequence, batch_size: int) -> Iterator[Sequence]:

@@ -19,13 +19,17 @@ from typing import Any
 from tool.files import TEMPORARY_NAME, atomic_write
 from tool.maps import MAP_FORMATS
 from tool.run.errors import UsageError
-from tool.weights import FRESH, WEIGHT_WORDS
+from tool.weights import FRESH
 
 CONTENT = "content "  # what a digest begins with
 DIGEST_DIGITS = 16
 BLOCK_BYTES = 2**20
-# A folder may hold files of both kinds, each kind with a record of its own.
-KINDS = {"maps": tuple(MAP_FORMATS.values()), "pictures": (".png", ".gif")}
+# The record that a file's kind has in its folder, by the file's ending.
+MAPS_RECORD, PICTURES_RECORD = ".settings_of_maps.json", ".settings_of_pictures.json"
+RECORDS = {
+    **dict.fromkeys(MAP_FORMATS.values(), MAPS_RECORD),
+    **dict.fromkeys((".png", ".gif"), PICTURES_RECORD),
+}
 # No file takes this long to write: if it is still unfinished, its writer was killed.
 LEFTOVER_SECONDS = 3600
 
@@ -52,7 +56,7 @@ def weights_settings(weights: str, seed: int) -> dict[str, str]:
     """What ``--weights`` of inference contributes: a file's content, or the seed without one."""
     if weights == FRESH:
         return {"weights": FRESH, "seed": str(seed)}
-    return {"weights": digest_weights(weights)}
+    return {"weights": digest_file(weights)}
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
@@ -96,14 +100,9 @@ def digest_photographs(paths: Sequence[Path]) -> str:
     return digest(*(f"{path.name} {path.stat().st_size}" for path in paths))
 
 
-def digest_weights(weights: str) -> str:
-    """What ``--weights`` means: one of its words, or a file's content."""
-    return weights if weights in WEIGHT_WORDS else digest_file(weights)
-
-
 def digest_maps(folder: str | os.PathLike) -> str:
     """What a folder of maps holds: its record's content, or else where it lies."""
-    record = _record_path(Path(folder), "maps")
+    record = Path(folder, MAPS_RECORD)
     return digest_file(record) if record.is_file() else str(Path(folder).resolve())
 
 
@@ -121,8 +120,8 @@ class OutputFolder:
     ids: frozenset[str] | None = None  # the images that get files there, if not all do
 
     @property
-    def kind(self) -> str:
-        return next(kind for kind, suffixes in KINDS.items() if self.suffixes[0] in suffixes)
+    def record(self) -> Path:
+        return self.path / RECORDS[self.suffixes[0]]
 
     @property
     def content(self) -> dict[str, Any]:
@@ -133,8 +132,9 @@ class OutputFolder:
         """The names of all files of this kind in the folder."""
         if not self.path.is_dir():
             return set()
+        kind = tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
         names = (name for name in os.listdir(self.path) if not name.startswith("."))
-        return {name for name in names if name.endswith(KINDS[self.kind])}
+        return {name for name in names if name.endswith(kind)}
 
     def file_names_of(self, ids: Iterable[str]) -> set[str]:
         """The names of files that these images have there when they are complete."""
@@ -144,10 +144,6 @@ class OutputFolder:
             if self.ids is None or image_id in self.ids
             for suffix in self.suffixes
         }
-
-
-def _record_path(folder: Path, kind: str) -> Path:
-    return folder / f".settings_of_{kind}.json"
 
 
 def require_same_settings(
@@ -203,14 +199,14 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
         if _read_record(folder) != folder.content:
-            with atomic_write(_record_path(folder.path, folder.kind)) as file:
+            with atomic_write(folder.record) as file:
                 file.write((json.dumps(folder.content, indent=2) + "\n").encode())
 
 
 def _read_record(folder: OutputFolder) -> dict[str, Any] | None:
     """The record's content; None if there is none that can be read."""
     try:
-        content = json.loads(_record_path(folder.path, folder.kind).read_text(encoding="utf-8"))
+        content = json.loads(folder.record.read_text(encoding="utf-8"))
         origin, settings = content["origin"], content["settings"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

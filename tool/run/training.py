@@ -37,7 +37,8 @@ from tool.run.devices import (
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import load, shuffled
 from tool.run.log import Log, describe_run
-from tool.run.provenance import digest_weights, settings_of
+from tool.run.provenance import digest_file, settings_of
+from tool.weights import WEIGHT_WORDS
 from tool.weights.pytorch import save_tensors
 
 # Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
@@ -188,7 +189,8 @@ def start_training(
     """
     session, schedule = session_name(args), make_schedule(num_images, args)
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
-    settings["weights"] = digest_weights(args.weights)
+    if args.weights not in WEIGHT_WORDS:
+        settings["weights"] = digest_file(args.weights)
     to_device(net, device, Switches(args.amp, args.tf32, args.compile))
     training = Training(
         net=net,
