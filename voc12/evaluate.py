@@ -287,8 +287,8 @@ def sweep_csv(result: dict) -> bytes:
     return text.getvalue().encode()
 
 
-def sweep_png(result: dict) -> bytes:
-    """A plot of mIoU over the thresholds, the best one marked."""
+def sweep_plot(result: dict):
+    """A matplotlib figure of mIoU over the thresholds, the best one marked."""
     from matplotlib.figure import Figure  # slow to import, and few need it
 
     kind, best = result["sweep"], result["best"]
@@ -301,8 +301,12 @@ def sweep_png(result: dict) -> bytes:
     axis.set(xlabel=title[kind], ylabel="mIoU (%)", title=f"{result['images']} images")
     axis.grid(alpha=0.3)
     axis.legend()
+    return figure
+
+
+def sweep_png(result: dict) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    sweep_plot(result).savefig(file, format="png")
     return file.getvalue()
 
 

@@ -3,13 +3,13 @@
     python3 -m voc12.report --voc12_root VOC2012 --list voc12/train.txt --cam CAM --la LA --ha HA
         --rw RW --log cls.csv aff.csv --out report.html
 
-The page holds everything it shows and fetches nothing: it can be sent as it is. Tables and plots
-are made from all images of the list; the gallery shows --images of them. What is not named is left
-out, and images without a mask have no scores.
+The page contains everything it shows and fetches nothing: it can be sent as it is. Tables and
+curves are computed from all images of the list; the gallery shows --images of them. Folders that
+are not named are left out, and images without a mask have no scores.
 
---out FILE.png instead draws the gallery's pictures as one sheet, a row an image, evenly from the
-list: the photograph, its CAMs as heat in their classes' colours, the confident labels that
-AffinityNet learns from (black where they are ignored), the random walk's label, and the mask.
+--out FILE.png instead draws one sheet of pictures, a row per image, evenly from the list: the
+photograph, its CAMs as heat in their classes' colours, the confident labels that AffinityNet learns
+from (black where they are ignored), the random walk's label, and the mask.
 """
 
 import argparse
@@ -17,8 +17,10 @@ from pathlib import Path
 
 from tool.files import atomic_write
 from tool.run import cli
-from tool.run.errors import DataError, UsageError
+from tool.run.errors import UsageError
 from voc12.devkit import add_devkit_arguments, open_devkit, read_ids
+from voc12.report.data import Outputs, spread
+from voc12.report.page import page, sheet
 
 # How many images are shown where the command line does not say.
 PAGE_IMAGES, SHEET_IMAGES = 60, 6
@@ -48,32 +50,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if bool(args.la) != bool(args.ha):
-        raise UsageError("--la and --ha go together: a label takes both.")
+        raise UsageError("--la and --ha go together: a confident label needs both.")
     suffix = Path(args.out).suffix.lower()
     if suffix not in (".html", ".png"):
         raise UsageError(f"--out {args.out}: must end in .html or .png.")
-    try:
-        from voc12.report import data as report_data
-        from voc12.report import page as report_page
-        from voc12.report import sheet as report_sheet
-    except ImportError as error:
-        raise DataError(
-            f"the report needs {error.name}: pip install -r requirements.txt."
-        ) from error
     inputs = {"--list": args.list, "--classes": args.classes}
     inputs |= {f"--log {log}": log for log in args.log}
     cli.require_distinct_outputs({"--out": args.out}, inputs)
     devkit = open_devkit(args)
     devkit.require_output("--out", args.out)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
-    outputs = report_data.Outputs(devkit, args.cam, args.la, args.ha, args.rw)
+    folders = {name: getattr(args, name) for name in ("cam", "la", "ha", "rw")}
+    outputs = Outputs(devkit, {name: folder for name, folder in folders.items() if folder})
     if suffix == ".png":
-        shown = report_data.spread(ids, min(args.images or SHEET_IMAGES, len(ids)))
+        shown = spread(ids, args.images or SHEET_IMAGES)
         outputs.require(shown)
-        content = report_sheet.sheet(outputs, shown)
+        content = sheet([outputs.load(image_id) for image_id in shown])
     else:
         outputs.require(ids)
-        content = report_page.page(outputs, ids, args.images or PAGE_IMAGES, args.list, args.log)
+        content = page(outputs, ids, args.images or PAGE_IMAGES, args.list, args.log)
     with atomic_write(args.out) as file:
         file.write(content)
     print(f"written to {args.out}")
