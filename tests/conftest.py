@@ -1,4 +1,4 @@
-"""What the test files share: golden numbers, seeded networks, images, and who is skipped where."""
+"""Fixtures of all test files: golden numbers, seeded networks, shared data; what is skipped."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from hypothesis import settings
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 VOC_MINI, WEIGHT_SAMPLES = SHARED / "voc2012_mini", SHARED / "weight_samples"
-SEED = 7  # of every golden number
+SEED = 7  # of all golden numbers
 
 torch.set_num_threads(2)
 settings.register_profile("affinitynet", deadline=None, max_examples=25, derandomize=True)
@@ -22,7 +22,7 @@ settings.load_profile("affinitynet")
 
 
 def pytest_configure(config):
-    # tool.random_walk silences it, but pytest starts each test with filters of its own.
+    # tool.random_walk silences it, but pytest sets its own filters for each test.
     config.addinivalue_line("filterwarnings", "ignore:Sparse (CSR|CSC) tensor support is in beta")
 
 
@@ -65,8 +65,8 @@ def golden_weights(name: str) -> dict[str, torch.Tensor]:
 def seeded_net(request):
     """The network of that name with the golden weights, in eval mode; parametrized indirectly.
 
-    Tests that share it must leave it as it is. pytest keeps tests of one network together, so
-    that each is built once and at most one is in memory.
+    Tests share it and must not change it. pytest groups tests by network, so that each is built
+    once and at most one is in memory.
     """
     net = importlib.import_module(f"network.{request.param}").Net()
     net.load_state_dict(golden_weights(request.param), strict=True)
@@ -88,20 +88,22 @@ def golden_voc():
     return GOLDEN / "voc"
 
 
+def _folder_or_skip(path: Path) -> Path:
+    if not path.is_dir():
+        pytest.skip(f"no {path}")
+    return path
+
+
 @pytest.fixture
 def voc_mini():
-    """Some real VOC 2012 images with masks, where they lie beside the repository."""
-    if not VOC_MINI.is_dir():
-        pytest.skip(f"no {VOC_MINI}")
-    return VOC_MINI
+    """Real VOC 2012 images with masks, where they are beside the repository."""
+    return _folder_or_skip(VOC_MINI)
 
 
 @pytest.fixture
 def weight_samples():
-    """Small files that Caffe and MXNet wrote, where they lie beside the repository."""
-    if not WEIGHT_SAMPLES.is_dir():
-        pytest.skip(f"no {WEIGHT_SAMPLES}")
-    return WEIGHT_SAMPLES
+    """Small files that Caffe and MXNet wrote, where they are beside the repository."""
+    return _folder_or_skip(WEIGHT_SAMPLES)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ needs_pydensecrf = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"
 )
 
-# Both trainings on what write_training_data makes, in steps of three images.
+# Both trainings on the data of write_training_data, in steps of three images.
 _TRAIN = (
     "--voc12_root VOC --weights none --train_list lists/train.txt --batch_size 3 --lr 0.02 "
     "--momentum 0.9"
@@ -43,7 +43,7 @@ TINY_TRAINING = {
 
 
 class Outcome(NamedTuple):
-    """How a program ended, and what it printed."""
+    """A program's exit code and output."""
 
     code: int
     out: str
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        """What stderr ends with, after any progress bars."""
+        """The last line of stderr, after any progress bars."""
         return self.err.strip().splitlines()[-1]
 
     def check(self) -> "Outcome":
@@ -59,11 +59,10 @@ class Outcome(NamedTuple):
         return self
 
     def assert_failed(self, code: int, *words: str) -> None:
-        """It ended with one sentence, on the last line of stderr, that holds all the words."""
+        """It failed with one sentence, on the last line of stderr, that holds all the words."""
         assert self.code == code, f"exit code {self.code}: {self.err[-1000:]}"
         assert "Traceback" not in self.err
-        assert self.err.count("error: ") == 1, self.err
-        assert "error: " in self.last_line, self.err
+        assert self.err.count("error: ") == self.last_line.count("error: ") == 1, self.err
         for word in words:
             assert word in self.last_line, f"{word!r} is not in {self.last_line!r}"
 
@@ -81,10 +80,12 @@ def working_directory(path: str | os.PathLike) -> Iterator[None]:
 def run_program(command: str, cwd: str | os.PathLike) -> Outcome:
     """Run e.g. ``train_cls --lr 0.1`` or ``voc12.evaluate --list L`` in this process, in ``cwd``.
 
-    An exception that the program's command line does not foresee comes through.
+    An exception that ``cli.run`` does not handle is raised.
     """
     name, *words = shlex.split(command)
     module = importlib.import_module(name)
+    if not hasattr(module, "get_args_parser"):  # a package that python3 -m runs
+        module = importlib.import_module(f"{name}.__main__")
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         working_directory(cwd),
@@ -101,10 +102,7 @@ def run_program(command: str, cwd: str | os.PathLike) -> Outcome:
 
 
 def _release(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, as the end of a process would.
-
-    Otherwise loader processes live on until Python looks for cycles, which then waits for them.
-    """
+    """Drop what the frames of an error hold, such as loader processes, as a process's end does."""
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -120,7 +118,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def timeless(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The same files, tables (.csv) without their last column, the images per second."""
+    """The same files; tables (.csv) without the last column, the images per second."""
     return {
         name: b"\n".join(line.rpartition(b",")[0] for line in content.splitlines())
         if name.endswith(".csv")
@@ -130,30 +128,26 @@ def timeless(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def npy(payload: bytes, shape: tuple = (), descr: str = "|O") -> bytes:
-    """An .npy file with this payload behind its header."""
-    file = io.BytesIO()
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    """An .npy file with this payload after its header."""
+    file, header = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue() + payload
 
 
 def dict_pickle(content: dict, protocol: int, core: bytes | None = None) -> bytes:
-    """What numpy.save pickles for a dict, with NumPy 1's or 2's module names where ``core`` says.
-
-    Up to protocol 3 a module's name ends with a line feed, so that it can be exchanged.
-    """
+    """The pickle of a dict in numpy.save's form; ``core`` replaces NumPy's module name in it."""
     pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
     return pickled if core is None else re.sub(rb"numpy\._?core", core, pickled)
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth colourful RGB image."""
+    """A smooth RGB image of many colours."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_image(root: Path, image_id: str, image: Image.Image, kind: str = "PNG") -> Path:
-    """The image as JPEGImages/<id>.jpg. PNG bytes keep its pixels; programs go by the bytes."""
+    """The image as JPEGImages/<id>.jpg; PNG, which programs recognize, keeps its pixels."""
     path = root / "JPEGImages" / f"{image_id}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format=kind)
