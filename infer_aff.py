@@ -62,13 +62,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_rw", required=True, metavar="DIR", help="folder for the labels, index images")
     add(
         "--alpha",
-        type=cli.number(float, 0, above=True),
+        type=cli.positive,
         default=16,
         help="background: (1 - max score)^alpha",
     )
     add(
         "--beta",
-        type=cli.number(float, 0, above=True),
+        type=cli.positive,
         default=8,
         help="exponent of the affinities",
     )

@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_inference_arguments(parser)
     add_devkit_arguments(parser)
-    alpha = cli.number(float, 0, above=True)
+    alpha = cli.positive
     add("--low_alpha", type=alpha, default=4, help="background exponent of --out_la_crf")
     add("--high_alpha", type=alpha, default=32, help="background exponent of --out_ha_crf")
     add("--out_cam", metavar="DIR", help="folder for class activation maps")
@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--scales",
         nargs="+",
-        type=cli.number(float, 0, above=True),
+        type=cli.positive,
         default=(1, 0.5, 1.5, 2),
         help="sizes at which an image is seen, times its own; each also mirrored",
     )

@@ -73,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     scored.add_argument("--cam", metavar="DIR", help="maps <id>.npy, scored with a background")
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group()
-    fraction, above_0 = cli.number(float, 0, 1), cli.number(float, 0, above=True)
+    fraction, above_0 = cli.number(float, 0, 1), cli.positive
     background.add_argument("--bg", type=fraction, help="constant background (default: 0.2)")
     background.add_argument("--alpha", type=above_0, help="background (1 - max score)^alpha")
     background.add_argument("--sweep", choices=sorted(SWEEPS), help="score at every threshold")

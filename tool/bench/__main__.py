@@ -70,9 +70,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
 
     add = _benchmark(benchmarks, "random_walk", random_walk, "stage 4 after the network")
-    add("--height", type=cli.number(int, 1), default=47, help="rows of the grid")
-    add("--width", type=cli.number(int, 1), default=63, help="columns of the grid")
-    add("--maps", type=cli.number(int, 1), default=3, help="maps that walk, with the background")
+    add("--height", type=cli.count, default=47, help="rows of the grid")
+    add("--width", type=cli.count, default=63, help="columns of the grid")
+    add("--maps", type=cli.count, default=3, help="maps that walk, with the background")
     add(
         "--estimate_baseline",
         action="store_true",
@@ -80,19 +80,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
 
     add = _benchmark(benchmarks, "affinity", affinity, "AffinityNet's head, forward and backward")
-    add("--height", type=cli.number(int, 1), default=56, help="rows of the feature grid")
-    add("--width", type=cli.number(int, 1), default=56, help="columns of the feature grid")
-    add("--channels", type=cli.number(int, 1), default=448, help="channels of the features")
-    add("--batch", type=cli.number(int, 1), default=8, help="images")
+    add("--height", type=cli.count, default=56, help="rows of the feature grid")
+    add("--width", type=cli.count, default=56, help="columns of the feature grid")
+    add("--channels", type=cli.count, default=448, help="channels of the features")
+    add("--batch", type=cli.count, default=8, help="images")
 
     add = _benchmark(benchmarks, "step", step, "a training step of a network, by parts")
     add_step_arguments(add)
     cli.add_speed_arguments(benchmarks.choices["step"])
 
     add = _benchmark(benchmarks, "crf", crf, "the dense CRF of one image, two alphas")
-    add("--height", type=cli.number(int, 1), default=375, help="rows of the image")
-    add("--width", type=cli.number(int, 1), default=500, help="columns of the image")
-    add("--labels", type=cli.number(int, 1), default=3, help="labels, with the background")
+    add("--height", type=cli.count, default=375, help="rows of the image")
+    add("--width", type=cli.count, default=500, help="columns of the image")
+    add("--labels", type=cli.count, default=3, help="labels, with the background")
 
     add = _benchmark(benchmarks, "infer", infer, "an image in stage 2 or 4, by parts")
     add_infer_arguments(add)
@@ -111,8 +111,8 @@ def _benchmark(benchmarks, name: str, function: Callable, text: str) -> Callable
     parser.set_defaults(function=function)
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--threads", type=cli.number(int, 1), help="CPU threads (default: PyTorch's choice)")
-    add("--repeats", type=cli.number(int, 1), default=5, help="timed runs of each side")
+    add("--threads", type=cli.count, help="CPU threads (default: PyTorch's choice)")
+    add("--repeats", type=cli.count, default=5, help="timed runs of each side")
     add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
     add("--json", metavar="FILE", help="write the figures there, too")
     add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)

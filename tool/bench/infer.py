@@ -41,9 +41,9 @@ def add_infer_arguments(add: Callable) -> None:
         default="network.vgg16_cls",
         help="stage 2 with a classifier, stage 4 with an AffinityNet",
     )
-    add("--height", type=cli.number(int, 1), default=375, help="of the photograph, pixels")
-    add("--width", type=cli.number(int, 1), default=500, help="of the photograph, pixels")
-    add("--maps", type=cli.number(int, 1), default=2, help="classes that are present")
+    add("--height", type=cli.count, default=375, help="of the photograph, pixels")
+    add("--width", type=cli.count, default=500, help="of the photograph, pixels")
+    add("--maps", type=cli.count, default=2, help="classes that are present")
     add("--out_format", choices=MAP_FORMATS, default="npy", help="of the maps that are written")
     add(
         "--out_dtype",

@@ -30,8 +30,8 @@ LEARNING_RATE = 1e-6
 def add_step_arguments(add: Callable) -> None:
     """The flags of the benchmark, besides those that all have."""
     add("--network", type=cli.any_network, default="network.vgg16_aff", help="what is trained")
-    add("--batch", type=cli.number(int, 1), default=8, help="images in a step")
-    add("--crop_size", type=cli.number(int, 1), default=448, help="side of a crop, pixels")
+    add("--batch", type=cli.count, default=8, help="images in a step")
+    add("--crop_size", type=cli.count, default=448, help="side of a crop, pixels")
     add(
         "--num_workers",
         type=cli.number(int, 0),

@@ -117,6 +117,8 @@ def number(
     return parse
 
 
+count = number(int, 1)
+positive = number(float, 0, above=True)
 side_length = number(int, 1, 65535)  # pixels, at most as many as a JPEG's side has
 random_seed = number(int, 0, 2**32 - 1)
 
@@ -222,15 +224,15 @@ def add_training_arguments(
     add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")
     add(
         "--batch_size",
-        type=number(int, 1),
+        type=count,
         default=batch_size,
         help="images in a step, all processes together",
     )
-    add("--max_epoches", type=number(int, 1), default=epochs, help="passes over the list")
+    add("--max_epoches", type=count, default=epochs, help="passes over the list")
     add("--crop_size", type=side_length, default=crop_size, help="side of a crop, pixels")
     add(
         "--lr",
-        type=number(float, 0, above=True),
+        type=positive,
         default=0.1,
         help="first learning rate; ResNet-38: 0.01",
     )
@@ -252,14 +254,14 @@ def add_training_arguments(
     )
     add(
         "--save_every",
-        type=number(int, 1),
+        type=count,
         metavar="STEPS",
         help="how often to write <session_name>.ckpt (default: after each epoch); SIGINT and "
         "SIGTERM write one, too; it is removed when the .pth is complete",
     )
     add(
         "--log_every",
-        type=number(int, 1),
+        type=count,
         default=10,
         metavar="STEPS",
         help="how often to read the losses from the device and add a row to the .csv",

@@ -40,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--log", metavar="CSV", nargs="+", default=[], help="tables of losses that training wrote")
     add(
         "--images",
-        type=cli.number(int, 1),
+        type=cli.count,
         help=f"images to show: on the page the worst, the best and evenly between (default: "
         f"{PAGE_IMAGES}), on a sheet evenly from the list (default: {SHEET_IMAGES})",
     )
