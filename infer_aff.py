@@ -60,37 +60,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_devkit_arguments(parser, labels=False)
     add("--cam_dir", required=True, metavar="DIR", help="class activation maps of stage 2")
     add("--out_rw", required=True, metavar="DIR", help="folder for the labels, index images")
-    add(
-        "--alpha",
-        type=cli.positive,
-        default=16,
-        help="background: (1 - max score)^alpha",
-    )
-    add(
-        "--beta",
-        type=cli.positive,
-        default=8,
-        help="exponent of the affinities",
-    )
+    add("--alpha", type=cli.positive, default=16, help="background: (1 - max score)^alpha")
+    add("--beta", type=cli.positive, default=8, help="exponent of the affinities")
     add("--logt", type=cli.number(int, 0, MAX_LOGT), default=8, help="the walk takes 2^logt steps")
     cli.add_radius_argument(parser)
-    add(
-        "--exact",
-        action="store_true",
-        help="take every step of the walk, instead of a series that gives the scores to a "
-        "millionth of the largest in a third of the time",
+    text = (
+        "take every step, instead of a series that gives the scores to a millionth of the largest"
     )
-    add(
-        "--full_graph",
-        action="store_true",
-        help="pairs for the cells at the border, too, which the released code leaves with fewer "
-        "or none; departs from the published numbers",
-    )
-    add(
-        "--crf",
-        action="store_true",
-        help="refine the walk's scores by the dense CRF, as the paper does for its final labels",
-    )
+    add("--exact", action="store_true", help=text)
+    text = "pairs for cells at the border, too; departs from the published numbers"
+    add("--full_graph", action="store_true", help=text)
+    add("--crf", action="store_true", help="refine the scores by the dense CRF, as the paper does")
     cli.add_crf_argument(parser)
     add("--trace", metavar="DIR", help="pictures of the walk: a strip <id>.png and a film <id>.gif")
     add("--trace_ids", nargs="+", metavar="ID", help="the images of --trace (default: the first)")
@@ -129,12 +109,8 @@ def label_of(
     """
     upsampled = upsample_scores(scores, sample.maps.shape[-2:], stride)
     if crf_backend:
-        (refined,) = dense_crf(
-            sample.photograph,
-            [upsampled.cpu().numpy()],
-            backend=crf_backend,
-            device=scores.device,
-        )
+        score_sets, device = [upsampled.cpu().numpy()], scores.device
+        (refined,) = dense_crf(sample.photograph, score_sets, backend=crf_backend, device=device)
         upsampled = torch.from_numpy(refined)
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 

@@ -46,34 +46,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_inference_arguments(parser)
     add_devkit_arguments(parser)
-    alpha = cli.positive
-    add("--low_alpha", type=alpha, default=4, help="background exponent of --out_la_crf")
-    add("--high_alpha", type=alpha, default=32, help="background exponent of --out_ha_crf")
+    add("--low_alpha", type=cli.positive, default=4, help="background exponent of --out_la_crf")
+    add("--high_alpha", type=cli.positive, default=32, help="background exponent of --out_ha_crf")
     add("--out_cam", metavar="DIR", help="folder for class activation maps")
     add("--out_la_crf", metavar="DIR", help="folder for CRF scores with the low alpha")
     add("--out_ha_crf", metavar="DIR", help="folder for CRF scores with the high alpha")
     add("--out_cam_pred", metavar="DIR", help="folder for index images, background score 0.2")
-    add(
-        "--out_format",
-        choices=MAP_FORMATS,
-        default="npy",
-        help="of maps: the field's pickled dicts, or compressed archives without pickle; every "
-        "program reads both",
-    )
-    add(
-        "--out_dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of maps; float16 takes half the space and rounds to three digits",
-    )
+    text = "of maps: pickled dicts, or compressed archives without pickle; all programs read both"
+    add("--out_format", choices=MAP_FORMATS, default="npy", help=text)
+    text = "of maps; float16 takes half the space and rounds to three digits"
+    add("--out_dtype", choices=("float32", "float16"), default="float32", help=text)
     cli.add_crf_argument(parser)
-    add(
-        "--scales",
-        nargs="+",
-        type=cli.positive,
-        default=(1, 0.5, 1.5, 2),
-        help="sizes at which an image is seen, times its own; each also mirrored",
-    )
+    text = "sizes at which the network sees an image, times its own; each also mirrored"
+    add("--scales", nargs="+", type=cli.positive, default=(1, 0.5, 1.5, 2), help=text)
     return parser
 
 

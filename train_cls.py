@@ -59,21 +59,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
     add_devkit_arguments(parser)
-    parser.add_argument("--val_list", default="voc12/val.txt", help="images to validate on")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--val_list", default="voc12/val.txt", help="images to validate on")
+    add(
         "--resize_long",
         nargs=2,
         type=cli.side_length,
         default=(256, 512),
         metavar=("MIN", "MAX"),
-        help="long side in pixels that training images are resized to, drawn from this range",
+        help="range in pixels that training images' long sides are drawn from",
     )
-    parser.add_argument(
-        "--val_crop_size",
-        type=cli.side_length,
-        default=500,
-        help="side of the validation images' centre crop, in pixels",
-    )
+    text = "side of the validation images' centre crop, in pixels"
+    add("--val_crop_size", type=cli.side_length, default=500, help=text)
     return parser
 
 

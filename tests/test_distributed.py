@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -304,19 +303,6 @@ def test_second_sigint_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize("first", devices.STOP_SIGNALS)
-def test_later_sigterm_ends_a_program_that_does_not_react(first, monkeypatch):
-    with devices.StopSignals() as stop:
-        os.kill(os.getpid(), first)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == first
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + devices.PATIENCE + 1)
-        with pytest.raises(KeyboardInterrupt) as interrupt:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.value.args == (signal.SIGTERM,)
 
 
 def test_second_sigint_from_a_launcher_does_not(launched):

@@ -86,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--num_workers",
         type=cli.number(int, 0),
-        default=cli.usable_cores(),
+        default=cli.default_num_workers(),
         help="processes that read and count; 0 counts in the program itself",
     )
     return parser

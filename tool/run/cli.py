@@ -9,6 +9,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 
 from tqdm import tqdm
 
@@ -44,9 +45,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:
         _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        _leave("interrupted: finished files are kept.", EXIT_SIGNAL + number)
+    except KeyboardInterrupt:
+        _leave("interrupted: finished files are kept.", EXIT_SIGNAL + signal.SIGINT)
 
 
 def require_distinct_outputs(
@@ -54,7 +54,7 @@ def require_distinct_outputs(
 ) -> None:
     """Raise UsageError if an output file is a folder, or also an input or another output.
 
-    Both are paths by what users set them with; None: not named.
+    Both are paths by flag; None: not named.
     """
     taken = {os.path.realpath(path): name for name, path in inputs.items() if path}
     for name, path in outputs.items():
@@ -123,22 +123,22 @@ side_length = number(int, 1, 65535)  # pixels, at most as many as a JPEG's side 
 random_seed = number(int, 0, 2**32 - 1)
 
 
-def classifier(name: str):
+def classifier(name: str) -> ModuleType:
     """argparse type: the module of a classifier, e.g. ``network.vgg16_cls``."""
     return _network(name, "forward_cam", "classifier (..._cls)")
 
 
-def affinity_network(name: str):
+def affinity_network(name: str) -> ModuleType:
     """argparse type: the module of an AffinityNet, e.g. ``network.vgg16_aff``."""
     return _network(name, "forward_features", "AffinityNet (..._aff)")
 
 
-def any_network(name: str):
+def any_network(name: str) -> ModuleType:
     """argparse type: the module of a classifier or an AffinityNet."""
     return affinity_network(name) if name.endswith("_aff") else classifier(name)
 
 
-def _network(name: str, method: str, wanted: str):
+def _network(name: str, method: str, wanted: str) -> ModuleType:
     # Only modules of the package ``network`` are imported: a flag must not import just anything.
     package, _, module = name.rpartition(".")
     if package not in ("", "network") or not module.isidentifier():
@@ -148,10 +148,8 @@ def _network(name: str, method: str, wanted: str):
     except ModuleNotFoundError as error:
         if error.name != f"network.{module}":  # the module is there, but lacks one of its own
             raise
-        parts = [
-            part.name for part in pkgutil.iter_modules(importlib.import_module("network").__path__)
-        ]
-        known = ", ".join(part for part in parts if part.endswith(("_cls", "_aff")))
+        modules = [info.name for info in pkgutil.iter_modules(sys.modules["network"].__path__)]
+        known = ", ".join(module for module in modules if module.endswith(("_cls", "_aff")))
         raise argparse.ArgumentTypeError(f"there is no network {name!r}, but {known}") from error
     if not hasattr(getattr(loaded, "Net", None), method):
         raise argparse.ArgumentTypeError(f"{name!r} is no {wanted}")
@@ -160,53 +158,8 @@ def _network(name: str, method: str, wanted: str):
 
 def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, default: str) -> None:
     """``--network``; ``kind`` is ``classifier`` or ``affinity_network``."""
-    parser.add_argument(
-        "--network", type=kind, default=default, metavar="MODULE", help="module of the network"
-    )
-
-
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of both inference programs, besides ``--network``."""
-    add = parser.add_argument
-    add(
-        "--weights",
-        required=True,
-        help="the network's trained weights, in any form, or none (random initialization)",
-    )
-    add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="make outputs again that are complete, or of other settings; these images' files "
-        "are removed first",
-    )
-    add(
-        "--skip_bad",
-        action="store_true",
-        help="continue past images that cannot be read, and list them at the end (exit code 1)",
-    )
-    add_run_arguments(parser)
-    add_speed_arguments(parser)
-
-
-def add_crf_argument(parser: argparse.ArgumentParser) -> None:
-    """``--crf_backend`` of a program that runs the dense CRF."""
-    parser.add_argument(
-        "--crf_backend",
-        type=_crf_backend,
-        choices=BACKENDS,
-        default=BACKENDS[0],
-        help="what computes the dense CRF; both give the same, torch is faster",
-    )
-
-
-def _crf_backend(name: str) -> str:
-    if name == "pydensecrf" and importlib.util.find_spec(name) is None:
-        raise argparse.ArgumentTypeError(
-            "the module pydensecrf is not installed: pip install pydensecrf2 (needs g++ and "
-            "Python 3.10 to 3.12), or take torch, which gives the same"
-        )
-    return name
+    text = "module of the network"
+    parser.add_argument("--network", type=kind, default=default, metavar="MODULE", help=text)
 
 
 def add_training_arguments(
@@ -215,27 +168,14 @@ def add_training_arguments(
     """The flags of both training programs, besides ``--network``, with a stage's defaults."""
     add = parser.add_argument
     add(
-        "--weights",
-        required=True,
-        help="file to start from (.pth, .safetensors, .caffemodel, .params), imagenet (VGG-16's, "
-        "downloaded) or none (random initialization)",
+        "--weights", required=True, help="file to start from; imagenet (VGG-16's, downloaded); none"
     )
     add("--train_list", default="voc12/train_aug.txt", help="images to train on")
     add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")
-    add(
-        "--batch_size",
-        type=count,
-        default=batch_size,
-        help="images in a step, all processes together",
-    )
+    add("--batch_size", type=count, default=batch_size, help="images in a step, of all processes")
     add("--max_epoches", type=count, default=epochs, help="passes over the list")
     add("--crop_size", type=side_length, default=crop_size, help="side of a crop, pixels")
-    add(
-        "--lr",
-        type=positive,
-        default=0.1,
-        help="first learning rate; ResNet-38: 0.01",
-    )
+    add("--lr", type=positive, default=0.1, help="first learning rate; ResNet-38: 0.01")
     add("--wt_dec", type=number(float, 0), default=5e-4, help="weight decay")
     add(
         "--momentum",
@@ -256,77 +196,82 @@ def add_training_arguments(
         "--save_every",
         type=count,
         metavar="STEPS",
-        help="how often to write <session_name>.ckpt (default: after each epoch); SIGINT and "
-        "SIGTERM write one, too; it is removed when the .pth is complete",
+        help="how often to write <session_name>.ckpt (default: after each epoch)",
     )
-    add(
-        "--log_every",
-        type=count,
-        default=10,
-        metavar="STEPS",
-        help="how often to read the losses from the device and add a row to the .csv",
-    )
+    text = "how often to add the mean losses to the .csv"
+    add("--log_every", type=count, default=10, metavar="STEPS", help=text)
     add("--tensorboard", metavar="DIR", help="also write the figures there, for TensorBoard")
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of both inference programs, besides ``--network``."""
+    add = parser.add_argument
+    add("--weights", required=True, help="the network's trained weights; none: it is untrained")
+    add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make outputs again that are complete, or of other settings; these images' files "
+        "are removed first",
+    )
+    text = "continue past images that cannot be read, and list them at the end (exit code 1)"
+    add("--skip_bad", action="store_true", help=text)
+    add_run_arguments(parser)
+    add_speed_arguments(parser)
+
+
+def add_crf_argument(parser: argparse.ArgumentParser) -> None:
+    """``--crf_backend`` of a program that runs the dense CRF."""
+    text = "what computes the dense CRF; both give the same, torch is faster"
+    default = BACKENDS[0]
+    parser.add_argument(
+        "--crf_backend", type=_crf_backend, choices=BACKENDS, default=default, help=text
+    )
+
+
+def _crf_backend(name: str) -> str:
+    if name == "pydensecrf" and importlib.util.find_spec(name) is None:
+        raise argparse.ArgumentTypeError(
+            "the module pydensecrf is not installed: pip install pydensecrf2 (needs g++ and "
+            "Python 3.10 to 3.12), or take torch, which gives the same"
+        )
+    return name
 
 
 def add_radius_argument(parser: argparse.ArgumentParser) -> None:
     """How near the cells of a pair are; both AffinityNet programs must agree on it."""
-    parser.add_argument(
-        "--radius",
-        type=number(int, 2, MAX_RADIUS),
-        default=5,
-        help="pairs are nearer than this many cells of the stride-8 grid (the paper's gamma)",
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that decide where and how any of the programs runs."""
-    parser.add_argument(
-        "--num_workers",
-        type=number(int, 0, MAX_WORKERS),
-        default=default_num_workers(),
-        help="processes that load images; 0 loads in the program itself",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--seed", type=random_seed, default=0, help="same seed, same result on a CPU"
-    )
+    text = "pairs are nearer than this many cells of the feature grid (the paper's gamma)"
+    parser.add_argument("--radius", type=number(int, 2, MAX_RADIUS), default=5, help=text)
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """The switches that gain time and change rounding; all are off by default."""
-    parser.add_argument(
+    """The flags that gain time and change rounding; all are off by default."""
+    add = parser.add_argument
+    add(
         "--amp",
         choices=("bf16", "fp16"),
         help="compute convolutions in 16 bits: faster and half the memory on recent GPUs; bf16 "
-        "also on some CPUs, on others slower (python3 -m tool.bench step measures it); results "
-        "differ in the third digit (default: 32 bits)",
+        "also on some CPUs; results differ in the third digit (default: 32 bits)",
     )
-    parser.add_argument(
-        "--tf32",
-        action="store_true",
-        help="let GPUs from Ampere on round the factors of convolutions to 10 bits: faster, and "
-        "results differ in the fourth digit",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the network with torch.compile: a minute or more at the start, then faster "
-        "(training on a CPU is not); needs a C++ compiler; results differ by rounding and in what "
-        "dropout drops",
-    )
+    text = "round the factors of convolutions to 10 bits, on GPUs from Ampere on; the fourth digit"
+    add("--tf32", action="store_true", help=text)
+    text = "compile the network by torch.compile; takes a minute, needs a C++ compiler"
+    add("--compile", action="store_true", help=text)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--num_workers``, ``--device`` and ``--seed``."""
+    add = parser.add_argument
+    workers, text = number(int, 0, MAX_WORKERS), "processes that load images; 0: the program itself"
+    add("--num_workers", type=workers, default=default_num_workers(), help=text)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--seed", type=random_seed, default=0, help="same seed, same result on a CPU")
 
 
 def default_num_workers() -> int:
-    """Helper processes: the released code's 8, or as many as there are cores."""
-    return min(8, usable_cores())
-
-
-def usable_cores() -> int:
-    """The cores that this process may compute on: Slurm or a container may allow only a few."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The released code's 8, or as many as there are cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores or 1)
 
 
 def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:

@@ -7,7 +7,6 @@ that say "all ranks must call it" exchange something.
 
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -22,8 +21,6 @@ from tool.run.errors import DataError, UsageError, reason
 
 DEVICE_TYPES = ("cpu", "cuda")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds after a signal before another SIGTERM means that the program does not react.
-PATIENCE = 10
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What torchrun sets in the environment of a process; with fewer of them, it was started alone.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -170,10 +167,10 @@ def was_launched() -> bool:
 
 @contextmanager
 def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
-    """Join the processes that torchrun started; nothing to do in a process started alone.
+    """Within the block: the processes that torchrun started are joined, if it started any.
 
-    NCCL for tensors on GPUs, gloo for those on CPUs. ``timeout`` is how long a rank may have to
-    wait for another one (default: PyTorch's). Raises DataError where another rank is lost.
+    ``timeout`` is how long a rank may have to wait for another one (default: PyTorch's). Raises
+    DataError where another rank is lost.
     """
     if not was_launched():
         yield
@@ -241,10 +238,9 @@ def gather(value: T) -> list[T]:
 
 
 def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network for training: its gradients become the mean over ranks.
+    """The network for training steps: its gradients become the mean over ranks.
 
-    Its weights become those of rank 0. A process started alone gets the network itself. Outside of
-    training steps, use the network itself: this one may wait for the other ranks.
+    Its weights become those of rank 0. A process started alone gets the network itself.
     """
     if world_size() == 1:
         return net
@@ -259,21 +255,12 @@ def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM are remembered, so that a program ends between two steps, not within one.
+    """Within the block, SIGINT and SIGTERM are remembered: a program ends between two steps.
 
-        with StopSignals() as stop:
-            for ...:
-                <a step>
-                if stop.agreed(): <save>; raise Interrupted(...)
-
-    A second SIGINT does interrupt at once, and so does a SIGTERM a while after the first signal,
-    except under torchrun, which may pass one signal on twice.
+    A second SIGINT interrupts at once, except under torchrun, which may pass one on twice.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-        self._received_at = 0.0
-        self._before: dict[int, Any] = {}
+    received = 0  # the number of the first signal
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -284,13 +271,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        now = time.monotonic()
-        if self.received and not was_launched():
-            # Batch systems send SIGTERM to all processes, which then pass it on to each other.
-            if number == signal.SIGINT or now - self._received_at > PATIENCE:
-                raise KeyboardInterrupt(number)
-            return
-        self.received, self._received_at = number, now
+        if self.received and number == signal.SIGINT and not was_launched():
+            raise KeyboardInterrupt
+        self.received = self.received or number
 
     def agreed(self) -> int:
         """The number of a signal that any rank has received, or 0; all ranks must call it."""

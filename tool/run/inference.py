@@ -37,17 +37,15 @@ def join_ranks(device_name: str) -> Iterator[tuple[torch.device, StopSignals]]:
 
 
 class Run:
-    """The images of a list that lack outputs, of which each rank does its shard.
+    """The images of a list that lack outputs: ``todo``, of which ``ids`` are this rank's.
 
-        run = Run("infer_cls", ids, folders, stop)
         with run, load_each(<dataset of run.ids>) as samples:
             for sample in run.each(samples):
-                ...
+                <write its outputs>
 
-    ``todo`` are all those images, ``ids`` this rank's. In the ``with`` block outputs may be
-    written; an error that leaves it says how many images are done, and so does the Interrupted
-    that is raised at its end after a signal. Raises UsageError where the folders hold outputs of
-    other settings. All ranks must make it, and enter and leave the block.
+    An error that leaves the block names the number of images that are done, and so does the
+    Interrupted that is raised at its end after a signal. Raises UsageError where the folders hold
+    outputs of other settings. All ranks must make it, and enter and leave the block.
     """
 
     def __init__(

@@ -41,13 +41,10 @@ from tool.run.provenance import digest_file, settings_of
 from tool.weights import WEIGHT_WORDS
 from tool.weights.pytorch import save_tensors
 
-# Of the four parameter groups, pretrained weights and biases, new weights and biases: learning rate
-# times this, and whether they decay (released code).
-GROUP_RATES = (1, 2, 10, 20)
-GROUP_DECAYS = (True, False, True, False)
+# Factors of learning rate and weight decay of the four parameter groups: pretrained weights and
+# biases, new weights and biases (released code).
+GROUPS = ((1, 1), (2, 0), (10, 1), (20, 0))
 POLY_POWER = 0.9
-# What is written under the session's name.
-SESSION_SUFFIXES = (".pth", ".log", ".csv", ".ckpt")
 # Flags that decide where and how a training runs, not its numbers.
 IRRELEVANT_FLAGS = {"device", "num_workers", "session_name", "resume", "save_every", "log_every",
                     "tensorboard"}  # fmt: skip
@@ -61,10 +58,7 @@ def session_name(args: argparse.Namespace) -> str:
     name = args.session_name or args.network.__name__.rpartition(".")[2]
     if not Path(name).name or name.endswith(("/", os.sep)):
         raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
-    folder = Path(name).parent
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--session_name {name}: {folder} is a file, not a folder; name another.")
-    for suffix in SESSION_SUFFIXES:
+    for suffix in (".pth", ".log", ".csv", ".ckpt"):
         if Path(name + suffix).is_dir():
             raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
     return name
@@ -75,19 +69,14 @@ def build_optimizer(
 ) -> torch.optim.SGD:
     """SGD over a network's four parameter groups.
 
-    Momentum is the decay's value unless given: the released code passes the decay where momentum
-    stands.
+    Momentum is the decay's value unless given: the released code passes the decay in its place.
     """
-    return torch.optim.SGD(
-        [
-            {"params": group, "base_lr": rate * lr, "weight_decay": weight_decay if decays else 0}
-            for group, rate, decays in zip(
-                net.get_parameter_groups(), GROUP_RATES, GROUP_DECAYS, strict=True
-            )
-        ],
-        lr=lr,
-        momentum=weight_decay if momentum is None else momentum,
-    )
+    momentum = weight_decay if momentum is None else momentum
+    groups = [
+        {"params": group, "base_lr": rate * lr, "weight_decay": decay * weight_decay}
+        for group, (rate, decay) in zip(net.get_parameter_groups(), GROUPS, strict=True)
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 
 def set_poly_lr(optimizer: torch.optim.Optimizer, step: int, max_step: int) -> None:
@@ -181,9 +170,8 @@ def start_training(
     contents: dict[str, str],
     notes: list[str],
 ) -> Training:
-    """The training that the flags of ``add_training_arguments`` ask for, ready for its next step.
+    """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
 
-    Continues from the checkpoint that ``--resume`` means, else starts from the beginning.
     ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log.
     Raises DataError if the checkpoint cannot be used. All ranks must call it.
     """
