@@ -1,21 +1,20 @@
-"""The four programs and the evaluation of maps and labels, in a row, each as a process.
+"""The four programs and the evaluation of their outputs, in a row, each as a process.
 
     python3 -m tool.pipeline --voc12_root VOC2012 --network vgg16 --weights vgg16_20M.caffemodel
         --out_dir runs/vgg16
-    ... --dry_run                            print the commands that would be run, and run nothing
+    ... --dry_run                            print the commands and run nothing
     ... --train_cls_args "--batch_size 8"    change a stage's settings
-    ... --from train_aff                     run this stage and those after it again
-    ... --stages infer_aff evaluate          see to these stages only
+    ... --from train_aff                     make the outputs of this and all later stages again
+    ... --stages infer_aff evaluate          run these stages only
 
-The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. Every command is
-printed as it is run, to be copied. Repeat the pipeline's command after an interruption, or with
-other settings: what is complete is not run again; a stage whose settings changed is, and so are all
-those after it, and why is printed. SIGINT and SIGTERM end the running stage, too.
+The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. To continue after
+an interruption, repeat the command without --from: a training continues from its .ckpt and is
+skipped where its .pth is complete, inference skips finished images, the rest is quick and runs
+again. After a change of settings, name the first stage that it concerns by --from.
 
-In --out_dir: lists/ (from voc12.prepare), cls.pth, aff.pth and their .log, the folders cam, la_crf,
-ha_crf, rw, the figures cam_train.json, ..., pipeline.json (what was run with which settings), and
-results.md and results.json: our mIoU beside that of the released code, and
-{"cam": {"train": {"miou", "images", "missing"}, "val": ...}, "rw": {...}, "table": [...], ...}.
+In --out_dir: lists/, cls.pth, aff.pth and their .log, the folders cam, la_crf, ha_crf and rw, the
+scores cam_train.json, ..., and our mIoU beside the published one in results.md and results.json:
+{"cam": {"train": {"miou", "images", "missing", "published"}, "val": ...}, "rw": ..., "notes": ...}.
 Labels are made and scored on train and val; training takes train_aug, or train where the devkit has
 no augmented masks.
 """
@@ -23,38 +22,62 @@ no augmented masks.
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tool.files import atomic_write
 from tool.run import cli
-from tool.run.errors import DataError, UsageError
-from tool.steps import History, Step, Word
-from tool.tables import PUBLISHED, SPLIT_RULES, comparison, markdown
-from tool.weights import WEIGHT_WORDS
+from tool.run.errors import DataError, Interrupted, UsageError
+from tool.weights import FRESH
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCORED_SPLITS = ("train", "val")
 PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
 STAGES = ("prepare", *PROGRAMS, "evaluate")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What --from removes, in --out_dir.
+OUTPUTS = {
+    "train_cls": ("cls.pth", "cls.ckpt"),
+    "infer_cls": ("cam/*", "la_crf/*", "ha_crf/*"),
+    "train_aff": ("aff.pth", "aff.ckpt"),
+    "infer_aff": ("rw/*",),
+}
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+RUN_FLAGS = re.compile(r" --(device|num_workers) \S+")  # a training's result is the same
+
+# The stages' commands, besides the flags that all commands or all programs share.
+COMMANDS = (
+    "prepare --out_dir {lists}",
+    "train_cls --weights {weights} --train_list {train_list} --val_list {lists}/val.txt "
+    "--label_file {labels} --session_name {out}/cls",
+    "infer_cls --weights {out}/cls.pth --infer_list {train_list} --label_file {labels} "
+    "--out_cam {out}/cam --out_la_crf {out}/la_crf --out_ha_crf {out}/ha_crf",
+    "infer_cls --weights {out}/cls.pth --infer_list {lists}/val.txt --label_file {labels} "
+    "--out_cam {out}/cam",
+    "train_aff --weights {aff_weights} --train_list {train_list} "
+    "--la_crf_dir {out}/la_crf --ha_crf_dir {out}/ha_crf --session_name {out}/aff",
+    "infer_aff --weights {out}/aff.pth --infer_list {lists}/train.txt "
+    "--cam_dir {out}/cam --out_rw {out}/rw",
+    "infer_aff --weights {out}/aff.pth --infer_list {lists}/val.txt "
+    "--cam_dir {out}/cam --out_rw {out}/rw",
+    "evaluate --list {lists}/train.txt --cam {out}/cam --json {out}/cam_train.json",
+    "evaluate --list {lists}/val.txt --cam {out}/cam --json {out}/cam_val.json",
+    "evaluate --list {lists}/train.txt --pred {out}/rw --json {out}/rw_train.json",
+    "evaluate --list {lists}/val.txt --pred {out}/rw --json {out}/rw_val.json",
+)
 
 # What the networks are trained and run with. The published figures were made with these of vgg16
 # and resnet38, which differ in the learning rate only.
-INFERENCE = {
-    "infer_cls": "--low_alpha 4 --high_alpha 32",
-    "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 8",
-}
-RECIPES: dict[str, dict[str, str]] = {
+RECIPES = {
     network: {
         "train_cls": f"--lr {lr} --batch_size 16 --max_epoches 15 --crop_size 448 --wt_dec 5e-4",
+        "infer_cls": "--low_alpha 4 --high_alpha 32",
         "train_aff": f"--lr {lr} --batch_size 8 --max_epoches 8 --crop_size 448 --wt_dec 5e-4",
-        **INFERENCE,
+        "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 8",
     }
     for network, lr in (("vgg16", 0.1), ("resnet38", 0.01))
 }
@@ -62,26 +85,31 @@ RECIPES: dict[str, dict[str, str]] = {
 RECIPES["tiny"] = {
     "train_cls": "--lr 0.05 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
     "--resize_long 128 224 --val_crop_size 192",
+    "infer_cls": "--low_alpha 4 --high_alpha 32",
     "train_aff": "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160",
-    **INFERENCE,
     "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 4",
 }
 
-
-def recipes_text() -> str:
-    """The recipes for --help."""
-    lines = ["recipes (--train_cls_args and so on override them flag by flag):"]
-    for network, recipe in RECIPES.items():
-        lines.append(f"  {network}")
-        lines += [f"    {program}  {recipe[program]}" for program in PROGRAMS]
-    return "\n".join(lines)
+# mIoU in per cent on train and val as the released code reports it for these recipes.
+PUBLISHED = {
+    "vgg16": {"cam": (48.9, 46.6), "rw": (59.6, 54.0)},
+    "resnet38": {"cam": (47.7, 47.2), "rw": (61.0, 60.2)},
+}
+SPLIT_RULES = (
+    "Pseudo labels are scored on train (1,464 images) and val (1,449 images) with the official "
+    "masks of SegmentationClass.",
+    "Labels to train a segmenter with are made on train_aug (10,582 images).",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    recipes = ["recipes (--train_cls_args and so on override them flag by flag):"]
+    for network, programs in RECIPES.items():
+        recipes += [f"  {network}", *(f"    {name}  {flags}" for name, flags in programs.items())]
     parser = argparse.ArgumentParser(
         "python3 -m tool.pipeline",
         description=__doc__,
-        epilog=recipes_text(),
+        epilog="\n".join(recipes),
         formatter_class=cli.help_formatter,
     )
     add = parser.add_argument
@@ -93,357 +121,217 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="weights that AffinityNet starts from (default: --weights, or with --weights none the "
         "trained classifier)",
     )
-    add("--out_dir", required=True, help="folder for everything that is made")
+    add("--out_dir", required=True, help="folder for all outputs")
     add("--list_dir", help="id lists made before by voc12.prepare (default: made in --out_dir)")
     add("--classes", metavar="FILE", help="class names of another data set, one a line")
     for program in PROGRAMS:
-        add(
-            f"--{program}_args",
-            type=_shell_words,
-            metavar="'--FLAG VALUE ...'",
-            help=f"further flags of {program}.py; they override the network's recipe",
-        )
+        text = f"further flags of {program}.py; they override the network's recipe"
+        add(f"--{program}_args", type=shlex.split, metavar="'--FLAG VALUE ...'", help=text)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--stages",
         nargs="+",
         choices=STAGES,
         metavar="STAGE",
-        help="see to these stages only, and leave alone those that are complete",
+        help="run these only (default: all); a complete training is skipped here, too",
     )
     chosen.add_argument(
         "--from",
         dest="first_stage",
         choices=STAGES,
         metavar="STAGE",
-        help="take what earlier stages made as it is, and run this one and those after it, also "
-        "where they are complete; after an interruption leave it out, to go on",
+        help="keep the outputs of earlier stages, and replace those of this and all later ones, "
+        "which are removed at the start",
     )
-    add("--dry_run", action="store_true", help="print the commands that would be run, no more")
+    add("--dry_run", action="store_true", help="print the commands and run nothing")
     cli.add_run_arguments(parser)
     return parser
 
 
-def _shell_words(text: str) -> str:
-    """argparse type: words as a shell takes them."""
-    try:
-        shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} are no flags ({error})") from error
-    return text
+class Step(NamedTuple):
+    """One command: ``python3 <words>``."""
+
+    stage: str
+    words: list[str]
 
 
-class Pipeline:
-    """The commands, by stage; ``run`` carries them out."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.out = Path(args.out_dir)
-        self.lists = Path(args.list_dir) if args.list_dir else self.out / "lists"
-        self.data_flags: list[Word] = ["--voc12_root", Path(args.voc12_root)]
-        if args.classes:
-            self.data_flags += ["--classes", Path(args.classes)]
-
-    def steps(self) -> list[Step]:
-        """All commands in their order, but for that of prepare."""
-        train_list, val_list = self.training_list(), self.lists / "val.txt"
-        return [
-            self.train("cls", _weights(self.args.weights), "--val_list", val_list),
-            self.infer_cls("train", train_list, crf=True),
-            self.infer_cls("val", val_list, crf=False),
-            self.train(
-                "aff",
-                self.affinity_start(),
-                *("--la_crf_dir", self.out / "la_crf", "--ha_crf_dir", self.out / "ha_crf"),
-            ),
-            *(self.infer_aff(split) for split in SCORED_SPLITS),
-            *(self.evaluate(split, "--cam", "cam") for split in SCORED_SPLITS),
-            *(self.evaluate(split, "--pred", "rw") for split in SCORED_SPLITS),
-        ]
-
-    def prepare(self) -> Step:
-        command = ["-m", "voc12.prepare", *self.data_flags, "--out_dir", self.lists]
-        return Step("prepare", "prepare", command, [self.lists])
-
-    def train(self, kind: str, start: Word, *flags: Word) -> Step:
-        """The training of the classifier ("cls") or of AffinityNet ("aff")."""
-        session = self.out / kind
-        flags = ("--train_list", self.training_list(), "--session_name", session, *flags)
-        command = self.program(f"train_{kind}", "--weights", start, *flags)
-        return Step(f"train_{kind}", f"train_{kind}", command, [session.with_suffix(".pth")])
-
-    def infer_cls(self, name: str, images: Path, crf: bool) -> Step:
-        folders = ["cam", "la_crf", "ha_crf"] if crf else ["cam"]
-        outputs = [self.out / folder for folder in folders]
-        flags = [word for folder in outputs for word in (f"--out_{folder.name}", folder)]
-        weights = self.out / "cls.pth"
-        command = self.program("infer_cls", "--weights", weights, "--infer_list", images, *flags)
-        return Step("infer_cls", f"infer_cls {name}", command, outputs)
-
-    def infer_aff(self, split: str) -> Step:
-        images, labels = self.lists / f"{split}.txt", self.out / "rw"
-        flags = ("--infer_list", images, "--cam_dir", self.out / "cam", "--out_rw", labels)
-        command = self.program("infer_aff", "--weights", self.out / "aff.pth", *flags)
-        return Step("infer_aff", f"infer_aff {split}", command, [labels])
-
-    def evaluate(self, split: str, flag: str, folder: str) -> Step:
-        figures = self.figures(folder, split)
-        command = ["-m", "voc12.evaluate", *self.data_flags, "--list", self.lists / f"{split}.txt"]
-        command += [flag, self.out / folder, "--json", figures]
-        command += ["--num_workers", self.args.num_workers]
-        return Step("evaluate", f"evaluate {folder} {split}", command, [figures])
-
-    def program(self, name: str, *flags: Word) -> list[Word]:
-        """The command of one of the four programs, with the recipe's flags and the user's."""
-        kind = name.partition("_")[2]
-        args = self.args
-        command = [os.path.relpath(REPOSITORY / f"{name}.py"), *self.data_flags]
-        command += ["--network", f"network.{args.network}_{kind}", *flags]
-        if kind == "cls":
-            command += ["--label_file", self.lists / "cls_labels.npy"]
-        command += ["--device", args.device, "--seed", args.seed]
-        command += ["--num_workers", args.num_workers]
-        return command + self.recipe(name)
-
-    def recipe(self, program: str) -> list[str]:
-        """The flags of the network's recipe and, overriding them, the user's."""
-        overrides = shlex.split(getattr(self.args, f"{program}_args") or "")
-        return shlex.split(RECIPES[self.args.network][program]) + overrides
-
-    def training_list(self) -> Path:
-        """train_aug.txt, or train.txt where the devkit has no augmented masks."""
-        augmented, plain = self.lists / "train_aug.txt", self.lists / "train.txt"
-        if self.args.dry_run and not plain.exists():  # what voc12.prepare would find
-            has_masks = Path(self.args.voc12_root, "SegmentationClassAug").is_dir()
-            return augmented if has_masks else plain
-        return augmented if augmented.exists() else plain
-
-    def affinity_start(self) -> Word:
-        """The weights that AffinityNet starts from."""
-        if self.args.aff_weights:
-            return _weights(self.args.aff_weights)
-        return self.out / "cls.pth" if self.args.weights == "none" else _weights(self.args.weights)
-
-    def figures(self, folder: str, split: str) -> Path:
-        """Where the evaluation of a folder over a split stands."""
-        return self.out / f"{folder}_{split}.json"
-
-    def run(self) -> None:
-        """Run what is not complete of the stages that the command line names.
-
-        Raises UsageError if a stage would not take the flags that it is given.
-        """
-        changed = [name for name in PROGRAMS if getattr(self.args, f"{name}_args")]
-        commands = {step.stage: step.command for step in self.steps()}
-        require_flags({name: commands[name] for name in changed if name in self.stages()})
-        history = History(self.out, pretend=self.args.dry_run)
-        if not self.args.list_dir:
-            # The lists' content is among the settings of what reads them: no step is stale because
-            # prepare ran.
-            self.run_steps([self.prepare()], history)
-        self.run_steps(self.steps(), history)
-
-    def run_steps(self, steps: Sequence[Step], history: History) -> None:
-        for index, step in enumerate(steps):
-            if step.stage not in self.stages():
-                continue
-            reason = history.reason_to_run(step)
-            if reason is None and self.args.first_stage:
-                reason = f"--from {self.args.first_stage}"
-            if reason is None:
-                print(f"\n# {step.name}: complete, not run again", flush=True)
-                continue
-            print(f"\n# {step.name}: {reason}", flush=True)
-            command = step.command + self.fresh_start(step, history)
-            history.begin(step, later=steps[index + 1 :])
-            if self.args.dry_run:
-                print(shown(command))
-            else:
-                run(command)
-            history.end(step)
-
-    def stages(self) -> Sequence[str]:
-        """The stages that the command line names."""
-        if self.args.first_stage:
-            return STAGES[STAGES.index(self.args.first_stage) :]
-        return self.args.stages or STAGES
-
-    def fresh_start(self, step: Step, history: History) -> list[str]:
-        """The flags by which a step does not go on from what another run of it has left."""
-        if step.stage.startswith("infer"):
-            again = self.args.first_stage or not history.goes_on(step)
-            return ["--overwrite"] if again else []
-        is_training = step.stage.startswith("train")
-        checkpoint = step.outputs[0].with_suffix(".ckpt")
-        if is_training and checkpoint.exists() and history.changed_settings(step):
-            return ["--resume", "never"]
-        return []
-
-    def results(self) -> dict:
-        """What results.json holds; raises DataError if a split was not evaluated."""
-        args = self.args
-        results = {
-            folder: {split: self._score(folder, split) for split in SCORED_SPLITS}
-            for folder in ("cam", "rw")
-        }
-        comparable = not args.classes and any(line.network == args.network for line in PUBLISHED)
-        published = PUBLISHED if comparable else ()
-        overrides = {name: getattr(args, f"{name}_args") for name in PROGRAMS}
-        return {
-            **results,
-            "table": comparison(results, args.network, self.alphas(), published),
-            "split_rules": list(SPLIT_RULES),
-            "network": args.network,
-            "weights": args.weights,
-            "overrides": {name: flags for name, flags in overrides.items() if flags},
-        }
-
-    def _score(self, folder: str, split: str) -> dict:
-        path = self.figures(folder, split)
-        try:
-            figures = json.loads(path.read_text())
-            return {key: figures[key] for key in ("miou", "images", "missing")}
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{path}: no figures of voc12.evaluate; run --from evaluate."
-            ) from error
-
-    def alphas(self) -> tuple[float, float, float]:
-        """The alphas in effect: of the low CRF, the random walk and the high CRF."""
-        parser = argparse.ArgumentParser(add_help=False)
-        for flag in ("--low_alpha", "--alpha", "--high_alpha"):
-            parser.add_argument(flag, type=float)
-        classifier, _ = parser.parse_known_args(self.recipe("infer_cls"))
-        walk, _ = parser.parse_known_args(self.recipe("infer_aff"))
-        return classifier.low_alpha, walk.alpha, classifier.high_alpha
+def recipe(args: argparse.Namespace, program: str) -> list[str]:
+    """The flags of the network's recipe and, overriding them, the user's."""
+    return RECIPES[args.network][program].split() + (getattr(args, f"{program}_args") or [])
 
 
-def _weights(text: str) -> Word:
-    return text if text in WEIGHT_WORDS else Path(text)
+def steps(args: argparse.Namespace) -> list[Step]:
+    """The commands of the stages that the command line names."""
+    first = STAGES.index(args.first_stage) if args.first_stage else 0
+    stages = args.stages or STAGES[first:]
+    out = Path(args.out_dir)
+    lists = Path(args.list_dir or out / "lists")
+    augmented = lists / "train_aug.txt"
+    is_made = not args.list_dir and Path(args.voc12_root, "SegmentationClassAug").is_dir()
+    aff_default = out / "cls.pth" if args.weights == FRESH else args.weights
+    places = {
+        "out": out,
+        "lists": lists,
+        "labels": lists / "cls_labels.npy",
+        "train_list": augmented if is_made or augmented.exists() else lists / "train.txt",
+        "weights": args.weights,
+        "aff_weights": args.aff_weights or aff_default,
+    }
+    data = ["--voc12_root", args.voc12_root, *(["--classes", args.classes] if args.classes else [])]
+    workers = ["--num_workers", str(args.num_workers)]
+    chosen = []
+    for command in COMMANDS:
+        stage, *flags = (word.format(**places) for word in command.split())
+        if stage in PROGRAMS:
+            file = os.path.relpath(REPOSITORY / f"{stage}.py")
+            words = [file, "--network", f"network.{args.network}_{stage[-3:]}", *data, *flags]
+            words += ["--device", args.device, "--seed", str(args.seed), *workers]
+            words += recipe(args, stage)
+        else:
+            words = ["-m", f"voc12.{stage}", *data, *flags]
+            words += workers if stage == "evaluate" else []
+        if stage in stages and not (stage == "prepare" and args.list_dir):
+            chosen.append(Step(stage, words))
+    return chosen
 
 
-def shown(command: Sequence[Word]) -> str:
-    """A command as one types it."""
-    return f"$ python3 {shlex.join(str(word) for word in command)}"
+def is_complete(args: argparse.Namespace, step: Step) -> bool:
+    """Whether the step is a training that has ended; prints a line if so."""
+    if not step.stage.startswith("train"):
+        return False
+    weights, checkpoint = (Path(args.out_dir, name) for name in OUTPUTS[step.stage])
+    if checkpoint.exists() or not weights.exists():
+        return False
+    print(f"# {step.stage} is skipped: {weights} is complete; --from {step.stage} trains again")
+    # The first line of a training's log is its command.
+    log = weights.with_suffix(".log")
+    line = log.read_text("utf-8").partition("\n")[0] if log.exists() else ""
+    _, program, flags = line.partition(f"{step.stage}.py ")
+    if program and RUN_FLAGS.sub("", flags) != RUN_FLAGS.sub("", shlex.join(step.words[1:])):
+        print(f"# warning: it was made by another command: {program}{flags}")
+    return True
 
 
-# Parses the command lines of programs, and does no more; the program's name begins the error.
-PARSE = """
-import importlib, json, sys
-for name, words in json.loads(sys.argv[1]).items():
-    sys.argv[0] = name
-    importlib.import_module(name).get_args_parser().parse_args(words)
-"""
+def remove_outputs(args: argparse.Namespace, stage: str) -> None:
+    """Remove what --out_dir holds of a stage's outputs, with printed lines."""
+    for pattern in OUTPUTS.get(stage, ()):
+        files = list(Path(args.out_dir).glob(pattern))
+        if files:
+            print(f"$ rm {args.out_dir}/{pattern}")
+        for file in [] if args.dry_run else files:
+            file.unlink()
 
 
-def require_flags(commands: Mapping[str, Sequence[Word]]) -> None:
-    """Raise UsageError if a program does not take its command's flags.
-
-    Better before the first stage than days later.
-    """
-    if not commands:
-        return
-    words = json.dumps(
-        {name: [str(word) for word in words[1:]] for name, words in commands.items()}
-    )
-    command = [sys.executable, "-c", PARSE, words]
-    done = subprocess.run(
-        command, env=_environment(), stderr=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode == cli.EXIT_USAGE:  # for any other reason, the stage itself says why
-        program, _, problem = done.stderr.strip().rpartition("\n")[2].partition(": error: ")
-        raise UsageError(f"--{program}_args: {problem}")
+def require_flags(args: argparse.Namespace, todo: Sequence[Step]) -> None:
+    """Raise UsageError if a program does not take the user's flags: now, not days later."""
+    for stage, words in dict(todo).items():
+        if not getattr(args, f"{stage}_args", None):
+            continue
+        parse = f"import {stage}; {stage}.get_args_parser().parse_args()"
+        command = [sys.executable, "-c", parse, *words[1:]]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        if done.returncode == cli.EXIT_USAGE:  # for any other reason, the stage itself says why
+            problem = done.stderr.strip().rpartition("error: ")[2]
+            raise UsageError(f"--{stage}_args: {problem}")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """In which python3 finds the packages also where the pipeline is started from elsewhere."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run(command: Sequence[Word]) -> None:
-    """Print a Python command and run it; raises DataError if it fails.
+def run(step: Step) -> None:
+    """Run a command; raises DataError if it fails.
 
-    A signal that asks this program to end reaches the command, which may take its time; then
-    KeyboardInterrupt is raised for SIGINT, else SystemExit.
-    """
-    print(shown(command), flush=True)
-    with stop_signals() as (received, receivers):
-        # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=_environment(), start_new_session=True
-        )
-        receivers.append(process)
-        for number in received:  # those that came before there was a process
-            process.send_signal(number)
-        code = process.wait()
-    if received:
-        if received[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        name = signal.Signals(received[0]).name
-        print(f"ended by {name}, and the stage above with it.", file=sys.stderr)
-        raise SystemExit(cli.EXIT_SIGNAL + received[0])
-    if code:
-        how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-        raise DataError(f"the last command above failed ({how}).")
-
-
-@contextmanager
-def stop_signals() -> Iterator[tuple[list[int], list[subprocess.Popen]]]:
-    """Within the block, signals that would end this program go into the first list.
-
-    Those that are ignored (by nohup, say) stay so; the processes in the second list get the others.
+    SIGINT, SIGTERM and SIGHUP are passed on to it; when it has ended, Interrupted is raised.
     """
     received: list[int] = []
-    receivers: list[subprocess.Popen] = []
+    process = None
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
-        for process in receivers:
+        if process:
             process.send_signal(number)
 
-    before = {
-        number: signal.signal(number, forward)
-        for number in STOP_SIGNALS
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
-        yield received, receivers
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:  # what nohup ignores stays ignored
+                signal.signal(number, forward)
+        # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
+        command = [sys.executable, *step.words]
+        process = subprocess.Popen(command, env=environment(), start_new_session=True)
+        if received:  # before there was a process
+            process.send_signal(received[0])
+        code = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+    if received:
+        raise Interrupted(
+            received[0], f"{step.stage} has ended; repeat without --from to continue."
+        )
+    if code:
+        how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        if code == cli.EXIT_USAGE:
+            how += f"; if you changed its settings, add --from {step.stage}"
+        raise DataError(f"{step.stage}, the last command above, failed ({how}).")
 
 
-def report(results: dict) -> str:
-    """The table of results as Markdown, with what it takes to read it right."""
-    notes = [*results["split_rules"], *departures(results)]
-    return "\n".join(
-        ["mIoU in per cent.", "", markdown(results["table"]), "", *(f"- {note}" for note in notes)]
-    )
+def results(args: argparse.Namespace) -> tuple[dict, str]:
+    """What results.json and results.md hold; raises OSError if a split was not evaluated."""
+    theirs = {} if args.classes else PUBLISHED.get(args.network, {})
+    scores: dict[str, dict] = {"cam": {}, "rw": {}}
+    lines = [f"mIoU in per cent, {args.network}.", ""]
+    lines += ["| stage | split | ours | images | published | difference |"]
+    lines += ["|---|---|--:|--:|--:|--:|"]
+    for stage, title in (("cam", "CAM"), ("rw", "random walk")):
+        for split, published in zip(("train", "val"), theirs.get(stage, (None, None)), strict=True):
+            content = json.loads(Path(args.out_dir, f"{stage}_{split}.json").read_text())
+            ours = {key: content[key] for key in ("miou", "images", "missing")}
+            scores[stage][split] = {**ours, "published": published}
+            beside = f"{published} | {ours['miou'] - published:+.1f}" if published else "- | -"
+            figures = f"{ours['miou']:.1f} | {ours['images']:,} | {beside}"
+            lines.append(f"| {title} | {split} | {figures} |")
+    notes = notes_on(args, has_published=bool(theirs))
+    return {**scores, "notes": notes}, "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
-def departures(results: dict) -> list[str]:
-    """How a run differs from the one that the published figures stand for."""
-    notes = [f"{name} was run with {flags}" for name, flags in results["overrides"].items()]
-    notes = [f"Not the network's recipe: {note}." for note in notes]
-    if not any(row["published"] for row in results["table"]):
+def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
+    """What one must know to read the table: the splits, and how the run differs from the recipe."""
+    notes = list(SPLIT_RULES)
+    for program in PROGRAMS:
+        if flags := getattr(args, f"{program}_args"):
+            notes.append(f"Not the network's recipe: {program} was run with {shlex.join(flags)}.")
+    if not has_published:
         notes.append("There are no published figures of this network and data.")
-    elif results["weights"] == "none":
+    elif args.weights == FRESH:
         notes.append("Trained from random numbers; the published figures start from ImageNet.")
     return notes
 
 
 def main(args: argparse.Namespace) -> None:
-    pipeline = Pipeline(args)
-    pipeline.run()
-    if args.dry_run or "evaluate" not in pipeline.stages():
+    chosen = steps(args)
+    require_flags(args, chosen)
+    if args.first_stage:
+        for stage in dict(chosen):
+            remove_outputs(args, stage)
+        todo = chosen
+    else:
+        todo = [step for step in chosen if not is_complete(args, step)]
+    for step in todo:
+        print(f"\n$ python3 {shlex.join(step.words)}", flush=True)
+        if not args.dry_run:
+            run(step)
+    if args.dry_run or "evaluate" not in dict(todo):
         return
-    results = pipeline.results()
-    text = report(results)
-    for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", text)):
-        with atomic_write(pipeline.out / name) as file:
-            file.write(f"{content}\n".encode())
-    print(f"\n{text}\n\nwritten to {pipeline.out / 'results.md'} and results.json")
+    content, text = results(args)
+    for name, new in (("results.json", json.dumps(content, indent=2)), ("results.md", text)):
+        with atomic_write(Path(args.out_dir, name)) as file:
+            file.write(f"{new}\n".encode())
+    print(f"\n{text}\n\nwritten to {Path(args.out_dir, 'results.md')} and results.json")
 
 
 if __name__ == "__main__":
