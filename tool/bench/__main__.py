@@ -20,7 +20,8 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
 
 import torch
 
@@ -30,65 +31,45 @@ from tool.files import atomic_write
 from tool.run import cli
 from tool.run.devices import choose_device
 
+# The benchmarks, with the sizes of their inputs.
+SIZES = {
+    random_walk: {"height": 47, "width": 63, "maps": 3},
+    affinity: {"height": 56, "width": 56, "channels": 448, "batch": 8},
+    crf: {"height": 375, "width": 500, "labels": 3},
+    step: {"batch": 8, "crop_size": 448},
+    infer: {},
+}
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python3 -m tool.bench", description=__doc__, formatter_class=cli.help_formatter
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    count = cli.number(int, 1)
-
-    add = _benchmark(benchmarks, "random_walk", random_walk, "stage 4 after the network")
-    add("--height", type=count, default=47, help="rows of the grid")
-    add("--width", type=count, default=63, help="columns of the grid")
-    add("--maps", type=count, default=3, help="maps that walk, with the background")
-    add(
-        "--estimate_baseline",
-        action="store_true",
-        help="time one of the baseline's squarings and multiply; for grids from about 100 x 80",
+    for benchmark, sizes in SIZES.items():
+        name, text = benchmark.__name__, benchmark.__doc__
+        form = {"description": text, "formatter_class": cli.help_formatter}
+        subparser = benchmarks.add_parser(name, help=text.partition("\n")[0], **form)
+        subparser.set_defaults(function=benchmark)
+        add = subparser.add_argument
+        for name, size in sizes.items():
+            add(f"--{name}", type=cli.number(int, 1), default=size, help="of the input")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        add("--threads", type=cli.number(int, 1), help="CPU threads (default: PyTorch's choice)")
+        add("--repeats", type=cli.number(int, 1), default=5, help="timed runs of each side")
+        add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
+        add("--json", metavar="FILE", help="also write the figures to this file")
+        add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
+    for name, default in (("step", "network.vgg16_aff"), ("infer", "network.vgg16_cls")):
+        cli.add_network_argument(benchmarks.choices[name], cli.any_network, default)
+        cli.add_speed_arguments(benchmarks.choices[name])
+    benchmarks.choices["step"].add_argument(
+        "--num_workers",
+        type=cli.number(int, 0),
+        default=cli.default_num_workers(),
+        help="processes that load images; 0 loads in the program itself",
     )
-
-    add = _benchmark(benchmarks, "affinity", affinity, "AffinityNet's head, forward and backward")
-    add("--height", type=count, default=56, help="rows of the feature grid")
-    add("--width", type=count, default=56, help="columns of the feature grid")
-    add("--channels", type=count, default=448, help="channels of the features")
-    add("--batch", type=count, default=8, help="images")
-
-    add = _benchmark(benchmarks, "crf", crf, "the dense CRF of one image, two alphas")
-    add("--height", type=count, default=375, help="rows of the image")
-    add("--width", type=count, default=500, help="columns of the image")
-    add("--labels", type=count, default=3, help="labels, with the background")
-
-    add = _benchmark(benchmarks, "step", step, "a training step of a network, by parts")
-    add("--network", type=cli.any_network, default="network.vgg16_aff", help="what is trained")
-    add("--batch", type=count, default=8, help="images in a step")
-    add("--crop_size", type=cli.side_length, default=448, help="side of a crop, pixels")
-    add("--num_workers", type=cli.number(int, 0), default=cli.default_num_workers(), help="loaders")
-    cli.add_speed_arguments(benchmarks.choices["step"])
-
-    add = _benchmark(benchmarks, "infer", infer, "an image in stage 2 or 4, by parts")
-    add("--network", type=cli.any_network, default="network.vgg16_cls", help="decides the stage")
-    cli.add_speed_arguments(benchmarks.choices["infer"])
     return parser
-
-
-def _benchmark(benchmarks, name: str, function: Callable, text: str) -> Callable:
-    """Add a benchmark's parser with the flags that all have; returns its ``add_argument``.
-
-    ``function(args, device)`` gives a Contest, or figures by name.
-    """
-    parser = benchmarks.add_parser(
-        name, help=text, description=function.__doc__, formatter_class=cli.help_formatter
-    )
-    parser.set_defaults(function=function)
-    add = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--threads", type=cli.number(int, 1), help="CPU threads (default: PyTorch's choice)")
-    add("--repeats", type=cli.number(int, 1), default=5, help="timed runs of each side")
-    add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
-    add("--json", metavar="FILE", help="write the figures there, too")
-    add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
-    return add
 
 
 def describe_machine(device: torch.device) -> str:
@@ -108,6 +89,12 @@ def print_figures(figures: dict[str, float]) -> None:
             print(f"{name:<14}{value:10.4g}{beside}")
 
 
+def peak_in_child(side: str) -> float:
+    """The peak memory of one side of this command's comparison, in a fresh process."""
+    command = [sys.executable, "-m", "tool.bench", *sys.argv[1:], "--peak_of", side]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     if args.threads:
@@ -121,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
     figures = args.function(args, device)
     if isinstance(figures, Contest):
         figures = compare(figures, args.repeats, device)
+        figures |= {f"{side}_peak_mb": peak_in_child(side) for side in ("baseline", "ours")}
     print_figures(figures)
     if args.json:
         with atomic_write(args.json) as file:

@@ -1,16 +1,12 @@
 """The comparisons with what the released code does: two ways to compute the same tensors."""
 
 import argparse
-import platform
-import resource
+import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,23 +24,19 @@ RADIUS, BETA, LOGT = 5, 8, 8
 LOW_ALPHA, HIGH_ALPHA = 4, 32
 
 
-@dataclass
-class Contest:
+class Contest(NamedTuple):
     """Two ways to compute the same tensors on inputs that are ready.
 
-    ``baseline`` may do only a part of the work where all of it would take too long: then
-    ``baseline_parts`` says how many such parts there are. ``reference`` gives the exact tensors
-    where the baseline's are not exact enough to compare with.
+    ``exact`` is a third way, where the baseline's rounding would hide the difference.
     """
 
     baseline: Callable[[], Sequence[Tensor]]
     ours: Callable[[], Sequence[Tensor]]
-    baseline_parts: int = 1
-    reference: Callable[[], Sequence[Tensor]] | None = None
+    exact: Callable[[], Sequence[Tensor]] | None = None
 
 
 def random_walk(args: argparse.Namespace, device: torch.device) -> Contest:
-    """Affinities of a grid and maps -> walked maps, with the building of the transition matrix.
+    """Stage 4 after the network: affinities of a grid's cells, maps -> walked maps.
 
     The baseline fills a dense N x N matrix and squares it 8 times.
     """
@@ -55,16 +47,13 @@ def random_walk(args: argparse.Namespace, device: torch.device) -> Contest:
     affinities = torch.rand(pairs).to(device)
     maps = torch.rand(args.maps, height, width).to(device)
 
-    def dense_transition() -> Tensor:
+    def baseline() -> list[Tensor]:
         sources, targets = (cells.to(device) for cells in pair_indices(height, width, RADIUS))
         matrix = torch.eye(height * width, device=device)
         matrix[sources.expand_as(targets), targets] = affinities
         matrix[targets, sources.expand_as(targets)] = affinities
         matrix = matrix**BETA
-        return matrix / matrix.sum(dim=0)
-
-    def baseline() -> list[Tensor]:
-        matrix = dense_transition()
+        matrix /= matrix.sum(dim=0)
         for _ in range(LOGT):
             matrix = matrix @ matrix
         return [(maps.flatten(1) @ matrix).view_as(maps)]
@@ -77,16 +66,11 @@ def random_walk(args: argparse.Namespace, device: torch.device) -> Contest:
         matrix = transition_matrix(affinities.double(), height, width, RADIUS, BETA)
         return [propagate(maps, matrix, 2**LOGT, tolerance=0)]
 
-    if not args.estimate_baseline:
-        return Contest(baseline, ours, reference=exact)
-
-    # Built in the untimed first run: the other side's memory must not hold it.
-    matrix = cache(dense_transition)
-    return Contest(lambda: [matrix() @ matrix()], ours, LOGT, exact)
+    return Contest(baseline, ours, exact)
 
 
 def affinity(args: argparse.Namespace, device: torch.device) -> Contest:
-    """Features -> pair affinities, and the gradient of a weighted sum of them.
+    """AffinityNet's head: features -> pair affinities, and the gradient of a weighted sum of them.
 
     The baseline gathers the features of both cells of every pair.
     """
@@ -114,9 +98,9 @@ def affinity(args: argparse.Namespace, device: torch.device) -> Contest:
 
 
 def crf(args: argparse.Namespace, device: torch.device) -> Contest:
-    """A photograph-like image and two sets of scores -> label probabilities, filters and all.
+    """The dense CRF of one image with two alphas: labels' scores -> probabilities.
 
-    The baseline is pydensecrf, which takes one core and the sets one after the other.
+    The baseline is pydensecrf, which takes one core and one alpha after the other.
     """
     size = (args.height, args.width)
     image = photograph_like(*size)
@@ -152,31 +136,19 @@ def _noise(channels: int, scale: int, size: tuple[int, int]) -> Tensor:
 
 
 def compare(contest: Contest, repeats: int, device: torch.device) -> dict[str, float]:
-    """Times in seconds, peak memory in MB and difference of the command's two sides."""
-    if contest.baseline_parts > 1:
-        print(f"the baseline is estimated: one of {contest.baseline_parts} equal parts is run")
-    figures = measure(contest, repeats, device)
-    peaks = {f"{side}_peak_mb": peak_in_child(side) for side in ("baseline", "ours")}
-    return figures | peaks
-
-
-def measure(contest: Contest, repeats: int, device: torch.device) -> dict[str, float]:
     """Times of both sides, in turns after a first run each, and the difference of their results."""
-    results = {}
-    times: dict[str, list[float]] = {"baseline": [], "ours": []}
-    for turn in range(repeats + 1):
+    results, times = {}, {"baseline": [], "ours": []}
+    for _ in range(1 + repeats):
         for side, seconds in times.items():
             start = time.perf_counter()
             results[side] = getattr(contest, side)()
             wait_for(device)
-            if turn:
-                seconds.append(time.perf_counter() - start)
-    baseline_s = statistics.median(times["baseline"]) * contest.baseline_parts
-    ours_s = statistics.median(times["ours"])
-    figures = {"baseline_s": baseline_s, "ours_s": ours_s, "speedup": baseline_s / ours_s}
-    expected = contest.reference() if contest.reference else results["baseline"]
+            seconds.append(time.perf_counter() - start)
+    figures = {f"{side}_s": statistics.median(seconds[1:]) for side, seconds in times.items()}
+    figures["speedup"] = figures["baseline_s"] / figures["ours_s"]
+    expected = contest.exact() if contest.exact else results["baseline"]
     figures["max_rel_diff"] = largest_difference(results["ours"], expected)
-    if contest.reference and contest.baseline_parts == 1:
+    if contest.exact:
         figures["baseline_max_rel_diff"] = largest_difference(results["baseline"], expected)
     return figures
 
@@ -190,29 +162,18 @@ def largest_difference(tensors: Sequence[Tensor], expected: Sequence[Tensor]) ->
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
-    """How far one call of ``run`` raises this process's (or the CUDA device's) largest memory."""
+    """By how much a call raises the peak memory of this process, or of its CUDA device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        floor = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return (torch.cuda.max_memory_allocated(device) - floor) / 2**20
-    floor = _largest_resident_bytes()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    before = _peak_kilobytes()
     run()
-    return (_largest_resident_bytes() - floor) / 2**20
+    return (_peak_kilobytes() - before) / 2**10
 
 
-def _largest_resident_bytes() -> int:
-    # On Linux, getrusage's figure would be inherited from the parent process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_in_child(side: str) -> float:
-    """The same in a fresh process, of one side of the command's comparison."""
-    command = [sys.executable, "-m", "tool.bench", *sys.argv[1:], "--peak_of", side]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(child.stdout)
+def _peak_kilobytes() -> int:
+    # getrusage's figure would be inherited from the parent process.
+    (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line)
