@@ -24,9 +24,9 @@ import train_aff
 import train_cls
 from tool.maps import save_maps
 from tool.run.devices import wait_for
-from tool.run.training import train_one_epoch
+from tool.run.training import Losses, Training, train_one_epoch
 from voc12 import toy
-from voc12.devkit import Devkit, read_ids
+from voc12.devkit import Devkit
 
 LONG_SIDE = 500  # of a photograph in VOC, pixels
 LEARNING_RATE = 1e-6  # so small that random weights stay finite
@@ -82,7 +82,7 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     def time_steps(folder: Path, switches: list[str]) -> dict[str, float]:
         stopwatch = Stopwatch(device)
 
-        def timed_epoch(training, batches, losses_of, stop) -> dict[str, float]:
+        def timed_epoch(training: Training, batches: Iterator[Any], losses_of: Losses) -> dict:
             def timed_batches() -> Iterator[Any]:
                 stopwatch.end_part()
                 for batch in batches:
@@ -90,7 +90,7 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
                     yield batch
                     stopwatch.end_part()
 
-            means = train_one_epoch(training, timed_batches(), stopwatch.timed(losses_of), stop)
+            means = train_one_epoch(training, timed_batches(), stopwatch.timed(losses_of))
             stopwatch.end_part()
             return means
 
@@ -167,7 +167,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         toy.make_devkit(folder / "VOC", num_images, LONG_SIDE, args.seed)
     devkit = Devkit(folder / "VOC")
-    ids = read_ids(devkit.root / "ImageSets" / "Segmentation" / "trainval.txt")
+    ids = sorted(path.stem for path in (devkit.root / "JPEGImages").iterdir())
     steps = islice(cycle(ids), num_images * getattr(args, "batch", 1))
     for name, members in (("infer_list", ids), ("val_list", ids[:1]), ("train_list", steps)):
         (folder / name).write_text("\n".join(members))
