@@ -13,7 +13,6 @@ import pytest
 from helpers import REPOSITORY, run_program
 
 from tool import pipeline
-from tool.run.errors import DataError
 from voc12 import toy
 from voc12.devkit import read_ids
 
@@ -80,10 +79,12 @@ def test_a_repeated_command_skips_trainings_that_are_complete(finished, monkeypa
     assert other.count("# warning: it was made by another command: ") == 2
 
 
-def test_other_settings_are_refused_with_the_way_out(finished):
+def test_a_failing_stage_ends_the_pipeline_and_is_named(finished):
     folder, _ = finished
-    command = f"{PIPELINE} {QUICK} --infer_aff_args '--logt 3' --stages infer_aff"
-    run_program(command, folder).assert_failed(1, "infer_aff", "exit code 2", "--from infer_aff")
+    other = f"{PIPELINE} {QUICK} --infer_aff_args '--logt 3' --stages infer_aff evaluate"
+    outcome = run_program(other, folder)
+    outcome.assert_failed(1, "infer_aff", "exit code 2", "--from infer_aff")
+    assert stages_in(outcome.out) == ["infer_aff"]
 
 
 # What would be run, without running it
@@ -123,8 +124,8 @@ def of(commands, stage):
 
 
 @pytest.mark.parametrize(("network", "lr"), [("vgg16", 0.1), ("resnet38", 0.01)])
-def test_recipes_of_the_networks(network, lr, plan):
-    commands = plan(f"{network} --weights W.pth")
+def test_recipes_of_the_networks_and_flags_that_override_them(network, lr, plan):
+    commands = plan(f"{network} --weights W.pth --infer_aff_args '--logt 3'")
     for kind, batch_size, epochs in (("cls", 16, 15), ("aff", 8, 8)):
         (args,) = of(commands, f"train_{kind}")
         assert args.network.__name__ == f"network.{network}_{kind}"
@@ -132,7 +133,7 @@ def test_recipes_of_the_networks(network, lr, plan):
         assert (args.lr, args.wt_dec, args.momentum) == (lr, 5e-4, None)
         assert (args.batch_size, args.max_epoches, args.crop_size) == (batch_size, epochs, 448)
     assert {(a.low_alpha, a.high_alpha) for a in of(commands, "infer_cls")} == {(4, 32)}
-    assert {(a.alpha, a.beta, a.logt) for a in of(commands, "infer_aff")} == {(16, 8, 8)}
+    assert {(a.alpha, a.beta, a.logt) for a in of(commands, "infer_aff")} == {(16, 8, 3)}  # ours
 
 
 def test_stages_read_what_earlier_stages_wrote(plan):
@@ -164,13 +165,6 @@ def test_every_command_gets_the_shared_flags(tmp_path, plan):
             assert (args.seed, args.device) == (5, "cpu")
         if stage.endswith("cls"):
             assert args.label_file == "out/lists/cls_labels.npy"
-
-
-def test_users_flags_override_the_recipe(plan):
-    commands = plan(f"{VGG} --train_aff_args '--lr 0.5' --infer_aff_args '--logt 3 --beta 2'")
-    assert (of(commands, "train_cls")[0].lr, of(commands, "train_aff")[0].lr) == (0.1, 0.5)
-    assert {(walk.logt, walk.beta) for walk in of(commands, "infer_aff")} == {(3, 2)}
-    assert "- Not the network's recipe: train_aff was run with --lr 0.5." in plan.out
 
 
 def test_what_affinitynet_starts_from(plan):
@@ -252,9 +246,10 @@ def test_our_figures_stand_beside_the_published_ones(tmp_path, plan):
     assert "| random walk | val | 5.0 | 5 | 54.0 | -49.0 |" in text
     for number in ("1,464", "1,449", "10,582"):
         assert number in text.partition("\n- ")[2]  # the rules of the splits
-    plan("resnet38 --weights none --stages evaluate")
+    plan("resnet38 --weights none --stages evaluate --infer_aff_args '--alpha 8'")
     assert "| 47.7 |" in plan.out
-    assert "Trained from random numbers" in plan.out
+    assert "- Trained from random numbers" in plan.out
+    assert "- Not the network's recipe: infer_aff was run with --alpha 8." in plan.out
 
 
 def test_no_published_figures_stand_beside_other_data_or_networks(plan):
@@ -264,15 +259,14 @@ def test_no_published_figures_stand_beside_other_data_or_networks(plan):
         assert "no published figures" in plan.out
 
 
-# Signals and failures
+# Signals
 
 STAGE = """
 import pathlib, signal, sys, time
 def note(number, frame):
-    pathlib.Path('ended').write_text(str(int(number)))
-    sys.exit(3)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, note)
+    sys.exit(pathlib.Path('ended').write_text(str(int(number))))
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
 pathlib.Path('running').touch()
 time.sleep(60)
 """
@@ -301,9 +295,3 @@ def test_a_signal_also_ends_the_running_stage(number, code, tmp_path):
     assert process.returncode == code, errors
     assert (tmp_path / "ended").read_text() == str(int(number))  # it got the signal and time to end
     assert b"interrupted: train_cls has ended" in errors
-
-
-def test_a_stage_that_is_killed_is_a_failure():
-    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(DataError, match=r"train_cls, .*SIGKILL"):
-        pipeline.run(pipeline.Step("train_cls", ["-c", kill]))

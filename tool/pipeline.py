@@ -4,7 +4,7 @@
         --out_dir runs/vgg16
     ... --dry_run                            print the commands and run nothing
     ... --train_cls_args "--batch_size 8"    change a stage's settings
-    ... --from train_aff                     make the outputs of this and all later stages again
+    ... --from train_aff                     remove what this and all later stages made, run them
     ... --stages infer_aff evaluate          run these stages only
 
 The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. To continue after
@@ -96,8 +96,7 @@ PUBLISHED = {
     "resnet38": {"cam": (47.7, 47.2), "rw": (61.0, 60.2)},
 }
 SPLIT_RULES = (
-    "Pseudo labels are scored on train (1,464 images) and val (1,449 images) with the official "
-    "masks of SegmentationClass.",
+    "Scores are of train (1,464 images) and val (1,449 images) against SegmentationClass.",
     "Labels to train a segmenter with are made on train_aug (10,582 images).",
 )
 
@@ -140,8 +139,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         dest="first_stage",
         choices=STAGES,
         metavar="STAGE",
-        help="keep the outputs of earlier stages, and replace those of this and all later ones, "
-        "which are removed at the start",
+        help="remove the outputs of this and all later stages, and make them again",
     )
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     cli.add_run_arguments(parser)
@@ -197,14 +195,12 @@ def steps(args: argparse.Namespace) -> list[Step]:
 
 def is_complete(args: argparse.Namespace, step: Step) -> bool:
     """Whether the step is a training that has ended; prints a line if so."""
-    if not step.stage.startswith("train"):
-        return False
-    weights, checkpoint = (Path(args.out_dir, name) for name in OUTPUTS[step.stage])
-    if checkpoint.exists() or not weights.exists():
+    session = Path(args.out_dir, step.stage.removeprefix("train_"))
+    weights = session.with_suffix(".pth")
+    if not weights.exists() or session.with_suffix(".ckpt").exists():
         return False
     print(f"# {step.stage} is skipped: {weights} is complete; --from {step.stage} trains again")
-    # The first line of a training's log is its command.
-    log = weights.with_suffix(".log")
+    log = session.with_suffix(".log")  # its first line is the training's command
     line = log.read_text("utf-8").partition("\n")[0] if log.exists() else ""
     _, program, flags = line.partition(f"{step.stage}.py ")
     if program and RUN_FLAGS.sub("", flags) != RUN_FLAGS.sub("", shlex.join(step.words[1:])):
