@@ -96,8 +96,8 @@ PUBLISHED = {
     "resnet38": {"cam": (47.7, 47.2), "rw": (61.0, 60.2)},
 }
 SPLIT_RULES = (
-    "Scores are of train (1,464 images) and val (1,449 images) against SegmentationClass.",
-    "Labels to train a segmenter with are made on train_aug (10,582 images).",
+    "VOC 2012: scores are of train (1,464 images) and val (1,449) against SegmentationClass.",
+    "VOC 2012: labels to train a segmenter with are made on train_aug (10,582 images).",
 )
 
 

@@ -7,10 +7,10 @@ import argparse
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -73,11 +73,11 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     Loading is the wait for the images, forward includes the loss, and backward the optimizer. With
     --amp, --tf32 or --compile, a step without them is the baseline.
     """
-    program, inputs = train_aff, ("la_crf_dir", "ha_crf_dir")
+    program, paths = train_aff, ["train_list", "session_name", "la_crf_dir", "ha_crf_dir"]
     if hasattr(args.network.Net, "forward_cam"):
-        program, inputs = train_cls, ("val_list",)
-    flags = {"batch_size": args.batch, "crop_size": args.crop_size, "num_workers": args.num_workers}
-    flags |= {"max_epoches": 1, "lr": LEARNING_RATE}
+        program, paths = train_cls, ["train_list", "session_name", "val_list"]
+    words = f"--max_epoches 1 --lr {LEARNING_RATE} --batch_size {args.batch} "
+    words += f"--crop_size {args.crop_size} --num_workers {args.num_workers}"
 
     def time_steps(folder: Path, switches: list[str]) -> dict[str, float]:
         stopwatch = Stopwatch(device)
@@ -94,9 +94,8 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
             stopwatch.end_part()
             return means
 
-        paths = {name: folder / name for name in (*inputs, "train_list", "session_name")}
         with mock.patch.object(program, "train_one_epoch", timed_epoch):
-            run(program, args, folder, switches, **flags, **paths)
+            run(program, args, folder, paths, words.split() + switches)
         return stopwatch.figures("loading", "forward", "backward")
 
     print(f"{args.network.__name__}, {args.batch} images of {args.crop_size} x {args.crop_size}")
@@ -109,17 +108,14 @@ def infer(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     Network ends with the CAMs, or with the transition matrix; output is the CRF, or the random
     walk, and the writing. With --amp, --tf32 or --compile, an image without them is the baseline.
     """
-    program, inputs, outputs = infer_aff, ("cam_dir",), ("out_rw",)
+    program, paths = infer_aff, ["infer_list", "cam_dir", "out_rw"]
     network, output = "make_walk", "write_labels"
     if hasattr(args.network.Net, "forward_cam"):
-        program, inputs, outputs = infer_cls, (), ("out_cam", "out_la_crf", "out_ha_crf")
+        program, paths = infer_cls, ["infer_list", "out_cam", "out_la_crf", "out_ha_crf"]
         network, output = "infer_image", "write_outputs"
 
     def time_images(folder: Path, switches: list[str]) -> dict[str, float]:
         stopwatch = Stopwatch(device)
-        made = Path(mkdtemp(dir=folder))
-        paths = {name: folder / name for name in (*inputs, "infer_list")}
-        paths |= {name: made / name for name in outputs}
         functions = {
             network: stopwatch.timed(getattr(program, network), before=True),
             output: stopwatch.timed(getattr(program, output)),
@@ -127,7 +123,7 @@ def infer(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         one_at_a_time = mock.patch.dict(infer_aff.WALKS_AT_A_TIME, cuda=1)
         with mock.patch.multiple(program, **functions), one_at_a_time:
             stopwatch.end_part()
-            run(program, args, folder, switches, num_workers=0, **paths)
+            run(program, args, folder, paths, ["--num_workers", "0", "--overwrite", *switches])
         return stopwatch.figures("loading", "network", "output")
 
     print(f"{args.network.__name__}, photographs with a long side of {LONG_SIDE} pixels")
@@ -135,15 +131,19 @@ def infer(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
 
 
 def run(
-    program: ModuleType, args: argparse.Namespace, folder: Path, switches: list[str], **flags: Any
+    program: ModuleType,
+    args: argparse.Namespace,
+    folder: Path,
+    paths: Sequence[str],
+    words: Sequence[str],
 ) -> None:
-    """Run a program without its messages."""
-    flags |= {"network": args.network.__name__, "voc12_root": folder / "VOC", "weights": "none"}
-    flags |= {"device": args.device, "seed": args.seed}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    parsed = program.get_args_parser().parse_args(words + switches)
+    """Run a program without its messages; ``paths`` are flags, and files in the folder."""
+    flags = {name: folder / name for name in ["voc12_root", *paths]}
+    flags |= {"network": args.network.__name__, "device": args.device, "seed": args.seed}
+    common = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    parser = program.get_args_parser()
     with contextlib.redirect_stdout(io.StringIO()):
-        program.main(parsed)
+        program.main(parser.parse_args([*common, "--weights", "none", *words]))
 
 
 def beside_baseline(time_program: Callable, args: argparse.Namespace) -> dict[str, float]:
@@ -162,11 +162,11 @@ def beside_baseline(time_program: Callable, args: argparse.Namespace) -> dict[st
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """Write a devkit VOC, and what flags of the programs name, under the flags' names."""
+    """Write what flags of the programs name, under the flags' names."""
     num_images = 1 + args.repeats
     with contextlib.redirect_stdout(io.StringIO()):
-        toy.make_devkit(folder / "VOC", num_images, LONG_SIDE, args.seed)
-    devkit = Devkit(folder / "VOC")
+        toy.make_devkit(folder / "voc12_root", num_images, LONG_SIDE, args.seed)
+    devkit = Devkit(folder / "voc12_root")
     ids = sorted(path.stem for path in (devkit.root / "JPEGImages").iterdir())
     steps = islice(cycle(ids), num_images * getattr(args, "batch", 1))
     for name, members in (("infer_list", ids), ("val_list", ids[:1]), ("train_list", steps)):
