@@ -53,10 +53,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(function=benchmark)
         add = subparser.add_argument
         for name, size in sizes.items():
-            add(f"--{name}", type=cli.number(int, 1), default=size, help="of the input")
+            add(f"--{name}", type=cli.count, default=size, help="of the input")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--threads", type=cli.number(int, 1), help="CPU threads (default: PyTorch's choice)")
-        add("--repeats", type=cli.number(int, 1), default=5, help="timed runs of each side")
+        add("--threads", type=cli.count, help="CPU threads (default: PyTorch's choice)")
+        add("--repeats", type=cli.count, default=5, help="timed runs of each side")
         add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
         add("--json", metavar="FILE", help="also write the figures to this file")
         add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
