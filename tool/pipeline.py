@@ -114,12 +114,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--voc12_root", required=True, help="the devkit's folder VOC2012")
     add("--network", required=True, choices=sorted(RECIPES), help="backbone of both networks")
-    add("--weights", required=True, help="what both trainings start from; see train_cls.py")
-    add(
-        "--aff_weights",
-        help="weights that AffinityNet starts from (default: --weights, or with --weights none the "
-        "trained classifier)",
-    )
+    add("--weights", required=True, help="start weights of both trainings; see train_cls.py")
+    add("--aff_weights", help="those of AffinityNet (default: --weights; for none, the classifier)")
     add("--out_dir", required=True, help="folder for all outputs")
     add("--list_dir", help="id lists made before by voc12.prepare (default: made in --out_dir)")
     add("--classes", metavar="FILE", help="class names of another data set, one a line")

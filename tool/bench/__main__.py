@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(function=benchmark)
         add = subparser.add_argument
         for name, size in sizes.items():
-            add(f"--{name}", type=cli.count, default=size, help="of the input")
+            add(f"--{name}", type=cli.count, default=size, help="size of the inputs")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         add("--threads", type=cli.count, help="CPU threads (default: PyTorch's choice)")
         add("--repeats", type=cli.count, default=5, help="timed runs of each side")
