@@ -1,8 +1,8 @@
 """Where a program computes: its device, its ranks, and the signals that end it.
 
-``torchrun`` starts a program several times, each process being a *rank* with a device of its own.
-Every function here also works in a process that was started alone: it is then rank 0 of 1. Those
-that say "all ranks must call it" exchange something.
+``torchrun`` starts a program several times, each process being a *rank* with a device of its own. A
+process that was started alone is rank 0 of 1. Functions that say "all ranks must call it" exchange
+something.
 """
 
 import os
@@ -64,17 +64,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def _device_of_local_rank(device: torch.device) -> torch.device:
-    local_rank, local_size = (
-        int(os.environ.get(f"LOCAL_{name}", 1)) for name in ("RANK", "WORLD_SIZE")
-    )
-    if device.index is not None and local_size > 1:
+    rank, size = (int(os.environ.get(name, 1)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if device.index is not None and size > 1:
         raise UsageError(f"--device {device}: torchrun's processes cannot share it; take cuda.")
-    if local_rank >= torch.cuda.device_count() > 0:
+    gpus = torch.cuda.device_count()
+    if rank >= gpus > 0:
         raise UsageError(
-            f"--device {device}: torchrun starts {local_size} processes on a machine with "
-            f"{torch.cuda.device_count()} GPUs; take a smaller --nproc_per_node."
+            f"--device {device}: torchrun starts {size} processes on a machine with {gpus} GPUs; "
+            "take a smaller --nproc_per_node."
         )
-    return torch.device("cuda", local_rank if device.index is None else device.index)
+    return torch.device("cuda", rank if device.index is None else device.index)
 
 
 def configure_backends(device: torch.device, switches: Switches, fixed_size: bool) -> None:
@@ -83,11 +82,10 @@ def configure_backends(device: torch.device, switches: Switches, fixed_size: boo
     That search pays where inputs have one ``fixed_size``: it is repeated for each new size. Raises
     UsageError for a switch that the device does not offer.
     """
-    if device.type != "cuda":
-        if switches.tf32:
-            raise UsageError("--tf32: only GPUs have it; on a CPU, try --amp bf16.")
-        if switches.amp == "fp16":
-            raise UsageError("--amp fp16: only for GPUs; on a CPU, try bf16.")
+    if device.type != "cuda" and switches.tf32:
+        raise UsageError("--tf32: only GPUs have it; on a CPU, try --amp bf16.")
+    if device.type != "cuda" and switches.amp == "fp16":
+        raise UsageError("--amp fp16: only for GPUs; on a CPU, try bf16.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = switches.tf32
     torch.backends.cudnn.benchmark = fixed_size
 
@@ -244,11 +242,8 @@ def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return net
-    return nn.parallel.DistributedDataParallel(
-        net,
-        device_ids=None if device.index is None else [device.index],
-        gradient_as_bucket_view=True,
-    )
+    ids = None if device.index is None else [device.index]
+    return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
 
 # Signals

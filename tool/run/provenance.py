@@ -158,19 +158,21 @@ def require_same_settings(
         if record == folder.content or not present:
             continue
         others = present - folder.file_names_of(ids)
+        ways = "name another folder"
         if record is None:
             problem = "outputs, but no record of the settings that made them"
-        elif record["origin"] != folder.origin:
-            problem = f"the outputs of {record['origin']}"
-        else:
-            found = differences(record["settings"], folder.settings)
-            problem = f"outputs of other settings: {found}"
-        if record and overwrite and not others:
+        elif overwrite and not others:
             continue
-        ways = "name another folder"
-        if record and overwrite:
-            problem += f"; some of images that are not in the list ({min(others)})"
-        elif record:
+        elif overwrite:
+            problem = (
+                f"outputs of other settings, of images that are not in the list ({min(others)})"
+            )
+        else:
+            problem = (
+                f"outputs of other settings: {differences(record['settings'], folder.settings)}"
+            )
+            if record["origin"] != folder.origin:
+                problem = f"the outputs of {record['origin']}"
             ways += ", or make these images' outputs again with --overwrite"
         flag = folder.origin.split()[-1]
         raise UsageError(f"{flag} {folder.path}: holds {problem}; {ways}.")

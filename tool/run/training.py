@@ -107,17 +107,15 @@ def make_schedule(num_images: int, args: argparse.Namespace) -> Schedule:
 
     Raises UsageError if a batch does not have an image for each rank.
     """
-    if args.batch_size < world_size():
-        raise UsageError(
-            f"--batch_size {args.batch_size}: less than an image for each of the {world_size()} "
-            "processes; start fewer."
-        )
-    if num_images < args.batch_size:
+    size = args.batch_size
+    if size < world_size():
+        raise UsageError(f"--batch_size {size}: too small for {world_size()} processes.")
+    if num_images < size:
         raise DataError(
-            f"{args.train_list}: its {num_images} images do not fill a batch of {args.batch_size}; "
+            f"{args.train_list}: its {num_images} images do not fill a batch of {size}; "
             "take a smaller --batch_size."
         )
-    return Schedule(num_images, args.batch_size, args.max_epoches)
+    return Schedule(num_images, size, args.max_epoches)
 
 
 def remaining_batches(schedule: Schedule, seed: int, step: int) -> Iterator[list]:
@@ -125,13 +123,11 @@ def remaining_batches(schedule: Schedule, seed: int, step: int) -> Iterator[list
 
     The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
     """
-    for epoch in range(step // schedule.steps_per_epoch, schedule.epochs):
-        order = shuffled(schedule.num_images, seed, epoch)
-        first = step - epoch * schedule.steps_per_epoch
-        for batch in range(max(0, first), schedule.steps_per_epoch):
-            start = batch * schedule.batch_size
-            indices = order[start : start + schedule.batch_size]
-            yield [(epoch, index) for index in shard(indices)]
+    for next_step in range(step, schedule.max_step):
+        epoch, batch = divmod(next_step, schedule.steps_per_epoch)
+        start = batch * schedule.batch_size
+        indices = shuffled(schedule.num_images, seed, epoch)[start : start + schedule.batch_size]
+        yield [(epoch, index) for index in shard(indices)]
 
 
 @dataclass
