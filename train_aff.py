@@ -5,10 +5,8 @@ VGG-16, as published (lr 0.1; take 0.01 and network.resnet38_aff for ResNet-38):
         --voc12_root VOC2012 --network network.vgg16_aff --weights vgg16_20M.caffemodel
         --wt_dec 5e-4 --la_crf_dir LA --ha_crf_dir HA
 
-Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
+Several GPUs (--batch_size stays the total; several machines: docs/clusters.md):
     torchrun --nproc_per_node=4 train_aff.py --lr 0.1 ...
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
-        train_aff.py --lr 0.1 ...
 
 Writes <session_name>.pth, .log and .csv. A run that was killed continues from <session_name>.ckpt
 when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_crf and

@@ -9,10 +9,8 @@ ResNet-38, as published:
         --network network.resnet38_cls --voc12_root VOC2012 --wt_dec 5e-4
         --weights ilsvrc-cls_rna-a1_cls1000_ep-0001.params
 
-Several GPUs of one machine, or of two (run the second on both; --batch_size stays the total):
+Several GPUs (--batch_size stays the total; several machines: docs/clusters.md):
     torchrun --nproc_per_node=4 train_cls.py --lr 0.1 ...
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
-        train_cls.py --lr 0.1 ...
 
 Writes <session_name>.pth, .log and .csv. A run that was killed continues from <session_name>.ckpt
 when its command is repeated. The lists come from python3 -m voc12.prepare.

@@ -45,8 +45,8 @@ def _processor() -> str:
 class Log:
     """``<session>.log`` for people, ``<session>.csv`` for plots, TensorBoard's files on request.
 
-    The log holds no times: two runs of the same command and seed have equal logs. Of the table, only
-    images_per_second depends on the machine. Only the first rank writes.
+    The log holds no times: two runs of the same command and seed have equal logs. Only the first
+    rank writes.
     """
 
     def __init__(self, session: str, head: list[str], tensorboard: str | None = None):
