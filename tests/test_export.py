@@ -30,12 +30,6 @@ def world(tmp_path, rng):
     return tmp_path
 
 
-def read_by_torchvision(world, split):
-    """The (photograph, label) pairs of torchvision's references, --dataset voc --data-path out."""
-    dataset = torchvision.datasets.VOCSegmentation(world / "out", image_set=split, download=False)
-    return [(np.asarray(image), np.asarray(label)) for image, label in dataset]
-
-
 def read_pairs(images, labels, ids):
     return [
         (np.asarray(Image.open(images / f"{i}.jpg")), np.asarray(Image.open(labels / f"{i}.png")))
@@ -43,20 +37,14 @@ def read_pairs(images, labels, ids):
     ]
 
 
-def read_by_mmsegmentation(world, split, labels):
-    """The pairs of a dataset of mmsegmentation's VOC configs with that list and label folder."""
-    root = world / TREE
-    lines = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split("\n")
-    ids = [line.strip() for line in lines if line]
-    return read_pairs(root / "JPEGImages", root / labels, ids)
-
-
 def expected_pairs(world):
     """The photographs with the pseudo labels of train, and with the official masks of val."""
-    voc = world / "VOC"
+    images = world / "VOC" / "JPEGImages"
+    train = read_pairs(images, world / "rw", TRAIN)
     return {
-        "train": read_pairs(voc / "JPEGImages", world / "rw", TRAIN),
-        "val": read_pairs(voc / "JPEGImages", voc / "SegmentationClass", VAL),
+        "train": train,
+        "aug": train,
+        "val": read_pairs(images, world / "VOC" / "SegmentationClass", VAL),
     }
 
 
@@ -67,19 +55,22 @@ def assert_same_pairs(pairs, expected):
             assert np.array_equal(image, other)
 
 
-def assert_read_as_written(world):
-    expected = expected_pairs(world)
+def assert_read_as_written(world, expected):
+    """By torchvision's references, and by mmsegmentation's VOC configs."""
+    root = world / TREE
     for split, pairs in expected.items():
-        assert_same_pairs(read_by_torchvision(world, split), pairs)
-        assert_same_pairs(read_by_mmsegmentation(world, split, "SegmentationClass"), pairs)
-    aug = read_by_mmsegmentation(world, "aug", "SegmentationClassAug")
-    assert_same_pairs(aug, expected["train"])
+        ids = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        labels = root / ("SegmentationClassAug" if split == "aug" else "SegmentationClass")
+        assert_same_pairs(read_pairs(root / "JPEGImages", labels, ids), pairs)
+        if split != "aug":
+            dataset = torchvision.datasets.VOCSegmentation(world / "out", image_set=split)
+            assert_same_pairs([(np.asarray(i), np.asarray(m)) for i, m in dataset], pairs)
 
 
 def test_torchvision_and_mmsegmentation_read_the_tree_also_after_it_moved(world):
-    before = contents(world)
+    before, expected = contents(world), expected_pairs(world)
     out = run_program(EXPORT, world).check().out
-    assert_read_as_written(world)
+    assert_read_as_written(world, expected)
     assert "3 images with pseudo labels" in out
     assert "2 with official masks" in out
     assert (world / TREE / "JPEGImages" / "a.jpg").is_symlink()
@@ -90,7 +81,7 @@ def test_torchvision_and_mmsegmentation_read_the_tree_also_after_it_moved(world)
     (world / "out").rename(world / "elsewhere")
     (world / "out").mkdir()
     (world / "elsewhere" / "VOCdevkit").rename(world / "out" / "VOCdevkit")
-    assert_read_as_written(world)
+    assert_read_as_written(world, expected)
 
 
 def test_gray_labels_get_the_palette_and_keep_their_values(world):
@@ -108,30 +99,23 @@ def test_copies_do_not_need_their_sources(world):
     run_program(f"{EXPORT} --copy", world).check()
     shutil.rmtree(world / "VOC")
     shutil.rmtree(world / "rw")
-    for split, pairs in expected.items():
-        assert_same_pairs(read_by_torchvision(world, split), pairs)
+    assert_read_as_written(world, expected)
     assert not any(path.is_symlink() for path in (world / "out").rglob("*"))
 
 
-def drop(path):
-    return lambda world: (world / path).unlink()
-
-
-def write(path, label):
-    return lambda world: save_index_png(world / path, np.asarray(label, np.uint8))
-
-
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("path", "size", "words"),
     [
-        (drop("VOC/JPEGImages/e.jpg"), ("JPEGImages/e.jpg", "1 of 5 are missing")),
-        (drop("VOC/SegmentationClass/d.png"), ("SegmentationClass/d.png", "official")),
-        (write("rw/b.2.png", np.zeros((WIDTH, HEIGHT))), ("rw/b.2.png", "17 x 12", "12 x 17")),
-        (write("VOC/SegmentationClass/e.png", np.zeros((1, 1))), ("e.png", "1 x 1")),
+        ("VOC/JPEGImages/e.jpg", None, ("JPEGImages/e.jpg", "1 of 5 are missing")),
+        ("VOC/SegmentationClass/d.png", None, ("SegmentationClass/d.png", "official")),
+        ("rw/b.2.png", (WIDTH, HEIGHT), ("rw/b.2.png", "17 x 12", "12 x 17")),
+        ("VOC/SegmentationClass/e.png", (1, 1), ("e.png", "1 x 1")),
     ],
 )
-def test_a_refused_export_writes_nothing(spoil, words, world):
-    spoil(world)
+def test_a_refused_export_writes_nothing(path, size, words, world):
+    (world / path).unlink()
+    if size:
+        save_index_png(world / path, np.zeros(size, np.uint8))
     before = contents(world)
     run_program(EXPORT, world).assert_failed(1, *words)
     assert contents(world) == before

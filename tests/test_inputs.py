@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from tool.maps import load_cams, save_maps, save_npy_dict
 from tool.run.errors import DataError
-from voc12.devkit import Devkit, list_line, read_class_names, read_ids, require_ids
+from voc12.devkit import Devkit, read_class_names, read_ids, require_ids
+from voc12.prepare import list_line
 
 CLASSES = ("crack", "rust", "moss")
 # Characters that have a meaning in a list, a path or markup, among any others.
@@ -59,16 +60,17 @@ def test_any_list_holds_ids_of_files_in_the_folders_or_is_refused(devkit, conten
 @given(names, st.booleans())
 @example("my photo", True)
 @example("Größe 写真.2", True)
-@example("a.jpg b", True)
 @example("a#1", True)
+@example("a.jpg b", True)
 @example("a #1", True)
 def test_an_id_comes_back_from_a_list_or_is_refused(devkit, image_id, with_mask):
     try:
         require_ids("here", [image_id])
     except DataError:
+        assert image_id not in ("my photo", "Größe 写真.2", "a#1")
         return
     path = devkit.root / "list.txt"
-    path.write_text(f"{list_line('before')}\n{list_line(image_id, with_mask)}\n", "utf-8")
+    path.write_text(f"before\n{list_line(image_id, with_mask)}\n", "utf-8")
     assert read_ids(path) == ["before", image_id]
 
 

@@ -12,8 +12,7 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_labels: int)
     a value above num_labels - 1.
     """
     _, pairs = _label_pairs(truth, prediction, num_labels)
-    counts = np.bincount(pairs, minlength=num_labels**2)
-    return counts.reshape(num_labels, num_labels)
+    return np.bincount(pairs, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def _label_pairs(
@@ -27,9 +26,7 @@ def _label_pairs(
     for name, values in (("mask", truth), ("prediction", prediction)):
         largest = values.max(where=counted, initial=0)
         if largest >= num_labels:
-            raise ValueError(
-                f"the {name} has the label {largest}, but there are {num_labels} labels"
-            )
+            raise ValueError(f"the {name} has the label {largest}; there are {num_labels} labels")
     return counted, truth[counted].astype(np.int64) * num_labels + prediction[counted]
 
 
@@ -64,36 +61,29 @@ def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
     return np.divide(part, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def sweep_histogram(
+def sweep_confusions(
     truth: np.ndarray,
     winner: np.ndarray,
     score: np.ndarray,
     winning_scores: np.ndarray,
     num_labels: int,
 ) -> np.ndarray:
-    """Counts from which ``confusions_of_sweep`` makes the confusion matrices of all thresholds.
+    """The confusion matrix at each of many thresholds: int64 thresholds x labels x labels.
 
-    ``truth`` and ``winner`` are uint8 H x W: the mask, and the label that wins wherever the
-    background does not. ``score``, float H x W, is the winner's. It wins at a threshold if it is
-    at least the threshold's winning score; ``winning_scores`` are ascending. Returns int64 labels x
-    labels x (thresholds + 1), [true, winner, number of thresholds at which the winner wins]. Raises
-    ValueError as ``confusion_matrix`` does.
+    ``winner``, uint8 H x W, is the label that wins wherever the background, label 0, does not; it
+    wins where ``score``, float H x W, is at least the threshold's winning score. Raises ValueError
+    as ``confusion_matrix`` does.
     """
     counted, pairs = _label_pairs(truth, winner, num_labels)
-    bins = len(winning_scores) + 1
-    won = np.searchsorted(winning_scores, score[counted], side="right")
-    counts = np.bincount(pairs * bins + won, minlength=num_labels**2 * bins)
-    return counts.reshape(num_labels, num_labels, bins)
-
-
-def confusions_of_sweep(histogram: np.ndarray) -> np.ndarray:
-    """The confusion matrix of each threshold: int64 thresholds x labels x labels.
-
-    In the order of the ``winning_scores`` of ``sweep_histogram``; label 0 is the background.
-    """
+    order, bins = np.argsort(winning_scores), len(winning_scores) + 1
+    num_won = np.searchsorted(winning_scores, score[counted], side="right", sorter=order)
+    # [true, winner, number of thresholds at which the winner wins]
+    histogram = np.bincount(pairs * bins + num_won, minlength=num_labels**2 * bins)
+    histogram = histogram.reshape(num_labels, num_labels, bins)
     # At threshold i win the pixels that win at more than i thresholds: sums from the last bin on.
     winners = histogram[..., :0:-1].cumsum(axis=-1)[..., ::-1]
     background = histogram.sum(axis=(1, 2))[:, None] - winners.sum(axis=1)
-    confusions = np.moveaxis(winners, -1, 0).copy()
-    confusions[:, :, 0] += background.T
+    confusions = np.empty((len(order), num_labels, num_labels), np.int64)
+    confusions[order] = np.moveaxis(winners, -1, 0)
+    confusions[order, :, 0] += background.T
     return confusions

@@ -5,6 +5,7 @@ A training sample is asked for as (epoch, index) and depends on (seed, epoch, id
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,39 +20,31 @@ from tool.affinity import affinity_label
 from tool.maps import load_cams, load_crf_scores, maps_file, require_scores, stack_maps
 from voc12.devkit import Devkit
 
-Normalize = Callable[[np.ndarray], np.ndarray]
 
-
+@dataclass
 class _ImageSet(Dataset):
     """A list of images of a devkit, normalized for one network."""
 
-    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize):
-        self.devkit = devkit
-        self.ids = list(ids)
-        self.normalize = normalize
+    devkit: Devkit
+    ids: Sequence[str]
+    normalize: Callable[[np.ndarray], np.ndarray]
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
+@dataclass
 class ClassifierTrainingSet(_ImageSet):
     """Augmented square crops with labels: (float32 3 x crop x crop, float32 [classes])."""
 
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        crop_size: int,
-        resize_long: tuple[int, int],
-        seed: int,
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.crop_size, self.resize_long, self.seed = crop_size, resize_long, seed
+    crop_size: int
+    resize_long: tuple[int, int]  # shortest and longest long side of the resized image
+    seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         image_id = self.ids[index]
+        label = self.devkit.image_label(image_id)
         rng = transforms.sample_rng(self.seed, epoch, image_id)
         image = self.devkit.load_image(image_id)
         image = transforms.random_resize_long_side(image, *self.resize_long, rng)
@@ -62,16 +55,14 @@ class ClassifierTrainingSet(_ImageSet):
         array = self.normalize(np.asarray(image))
         box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
         array = transforms.crop_to_canvas(array, box, self.crop_size)
-        label = self.devkit.image_label(image_id)
         return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
 
 
+@dataclass
 class ClassifierValidationSet(_ImageSet):
     """Centre crops with labels: (float32 3 x crop x crop, float32 [classes])."""
 
-    def __init__(self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, crop_size: int):
-        super().__init__(devkit, ids, normalize)
-        self.crop_size = crop_size
+    crop_size: int
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         array = self.normalize(np.asarray(self.devkit.load_image(self.ids[index])))
@@ -90,14 +81,11 @@ class MultiScaleSample(NamedTuple):
     scaled: list[Tensor]  # a scale each: float32 3 x h x w, normalized
 
 
+@dataclass
 class MultiScaleSet(_ImageSet):
     """Whole images at several scales: ``MultiScaleSample``."""
 
-    def __init__(
-        self, devkit: Devkit, ids: Sequence[str], normalize: Normalize, scales: Sequence[float]
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.scales = tuple(scales)
+    scales: Sequence[float]
 
     def __getitem__(self, index: int) -> MultiScaleSample:
         image_id = self.ids[index]
@@ -110,6 +98,7 @@ class MultiScaleSet(_ImageSet):
         return MultiScaleSample(image_id, np.array(image), label, scaled)
 
 
+@dataclass
 class AffinityTrainingSet(_ImageSet):
     """Augmented square crops with confident labels of their cells.
 
@@ -117,27 +106,21 @@ class AffinityTrainingSet(_ImageSet):
     ``low_alpha_dir`` and ``high_alpha_dir`` hold the CRF scores of stage 2.
     """
 
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        low_alpha_dir: str | os.PathLike,
-        high_alpha_dir: str | os.PathLike,
-        crop_size: int,
-        stride: int,
-        seed: int,
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.low_alpha_dir, self.high_alpha_dir = Path(low_alpha_dir), Path(high_alpha_dir)
-        self.crop_size, self.stride, self.seed = crop_size, stride, seed
+    low_alpha_dir: str | os.PathLike
+    high_alpha_dir: str | os.PathLike
+    crop_size: int
+    stride: int
+    seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         image_id = self.ids[index]
         rng = transforms.sample_rng(self.seed, epoch, image_id)
         image = self.devkit.load_image(image_id)
-        scores = self._load_scores(image_id, (image.height, image.width))
+        folders = self.low_alpha_dir, self.high_alpha_dir
+        paths = (Path(folder, f"{image_id}.npy") for folder in folders)
+        low, high = load_crf_scores(*paths, (image.height, image.width))
+        scores = np.stack([*low.values(), *high.values()], axis=-1)  # H x W x 2 (K + 1)
         # Cropped before normalization: what lies beyond the image is black.
         array = np.asarray(transforms.colour_jitter(image, rng))
         box = transforms.crop_box(*array.shape[:2], self.crop_size, rng)
@@ -148,12 +131,6 @@ class AffinityTrainingSet(_ImageSet):
         low, high = torch.from_numpy(transforms.to_chw(scores)).chunk(2)
         label = affinity_label(low, high, self.stride)
         return torch.from_numpy(transforms.to_chw(array)), label
-
-    def _load_scores(self, image_id: str, size: tuple[int, int]) -> np.ndarray:
-        """float32 H x W x 2(K + 1): low-alpha scores, then high-alpha scores, background first."""
-        paths = (folder / f"{image_id}.npy" for folder in (self.low_alpha_dir, self.high_alpha_dir))
-        low, high = load_crf_scores(*paths, size)
-        return np.stack([*low.values(), *high.values()], axis=-1)
 
 
 class AffinitySample(NamedTuple):
@@ -166,24 +143,17 @@ class AffinitySample(NamedTuple):
     maps: Tensor  # float32 classes x H x W
 
 
+@dataclass
 class AffinityInferenceSet(_ImageSet):
     """Whole images with the class maps of stage 2: ``AffinitySample``."""
 
-    def __init__(
-        self,
-        devkit: Devkit,
-        ids: Sequence[str],
-        normalize: Normalize,
-        cam_dir: str | os.PathLike,
-    ):
-        super().__init__(devkit, ids, normalize)
-        self.cam_dir = Path(cam_dir)
+    cam_dir: str | os.PathLike
 
     def __getitem__(self, index: int) -> AffinitySample:
         image_id = self.ids[index]
         photograph = np.array(self.devkit.load_image(image_id))
         size = photograph.shape[:2]
-        path = maps_file(self.cam_dir / f"{image_id}.npy")
+        path = maps_file(Path(self.cam_dir, f"{image_id}.npy"))
         maps = load_cams(path, size, len(self.devkit.class_names))
         require_scores(path, maps)
         image = torch.from_numpy(transforms.to_chw(self.normalize(photograph)))

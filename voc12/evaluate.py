@@ -68,35 +68,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_devkit_arguments(parser, labels=False)
     add("--list", required=True, help="images to score")
-    scored = parser.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
-    scored.add_argument("--cam", metavar="DIR", help="maps <id>.npy, scored with a background")
+    scored = parser.add_mutually_exclusive_group(required=True).add_argument
+    scored("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
+    scored("--cam", metavar="DIR", help="maps <id>.npy, scored with a background")
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
-    background = parser.add_mutually_exclusive_group()
-    fraction, above_0 = cli.number(float, 0, 1), cli.positive
-    background.add_argument("--bg", type=fraction, help="constant background (default: 0.2)")
-    background.add_argument("--alpha", type=above_0, help="background (1 - max score)^alpha")
-    background.add_argument("--sweep", choices=sorted(SWEEPS), help="score at every threshold")
+    background = parser.add_mutually_exclusive_group().add_argument
+    background("--bg", type=cli.number(float, 0, 1), help="constant background (default: 0.2)")
+    background("--alpha", type=cli.positive, help="background (1 - max score)^alpha")
+    background("--sweep", choices=sorted(SWEEPS), help="score at every threshold")
     add("--crf", action="store_true", help="score --cam after a dense CRF (0.3 s an image)")
     cli.add_crf_argument(parser)
     add("--allow_missing", action="store_true", help="score what exists and count what is missing")
     add("--json", metavar="FILE", help="also write the figures to this file")
     add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
     add("--plot", metavar="FILE.png", help="draw the --sweep to this file")
-    add(
-        "--num_workers",
-        type=cli.number(int, 0),
-        default=cli.default_num_workers(),
-        help="processes that read and count; 0 counts in the program itself",
-    )
+    workers, workers_help = cli.default_num_workers(), "processes that count; 0: the program itself"
+    add("--num_workers", type=cli.number(int, 0), default=workers, help=workers_help)
     return parser
 
 
 def winning_score(kind: str, value: float) -> np.float32:
     """The smallest score in 0..1 of a map that wins against the background.
 
-    Found by bisection over the float32 numbers, with the comparison that an evaluation at one
-    threshold makes, so that both round alike.
+    Bisects the float32 numbers with the comparison of an evaluation at one threshold, so that both
+    round alike.
     """
 
     def as_score(bits: int) -> np.ndarray:
@@ -113,8 +108,7 @@ def winning_score(kind: str, value: float) -> np.float32:
 class Scorer:
     """Counts the pixels of one image by true and predicted label.
 
-    The methods raise DataError for a file that cannot be used, ValueError where two of them do not
-    fit together.
+    Raises DataError for a file that cannot be used, ValueError if two files do not fit together.
     """
 
     devkit: Devkit
@@ -156,20 +150,20 @@ class Scorer:
         return metrics.confusion_matrix(mask, prediction, self.num_labels)
 
     def count_sweep(self, image_id: str, kind: str, winning_scores: np.ndarray) -> np.ndarray:
-        """The histogram of ``metrics.sweep_histogram``."""
+        """The confusion matrix of class maps at each threshold, by its winning score."""
         mask, maps, classes = self._load(image_id, kind)
         if not classes:
             maps, classes = np.zeros((1, *mask.shape), np.float32), [0]  # a score of 0 never wins
         winner = index_image(maps.argmax(axis=0) + 1, classes)
         score = maps.max(axis=0)
-        return metrics.sweep_histogram(mask, winner, score, winning_scores, self.num_labels)
+        return metrics.sweep_confusions(mask, winner, score, winning_scores, self.num_labels)
 
 
+@dataclass
 class _Counts(Dataset):
     """The counts of an image by its id; an error names the image."""
 
-    def __init__(self, count: Callable[[str], np.ndarray]):
-        self.count = count
+    count: Callable[[str], np.ndarray]
 
     def __getitem__(self, image_id: str) -> np.ndarray:
         try:
@@ -190,10 +184,8 @@ def total_counts(
 def sweep(scorer: Scorer, ids: Sequence[str], kind: str, num_workers: int) -> np.ndarray:
     """The confusion matrices at the thresholds of ``SWEEPS[kind]``: int64 x labels x labels."""
     winning = np.array([winning_score(kind, value) for value in SWEEPS[kind]])
-    order = np.argsort(winning, kind="stable")  # the largest alpha has the smallest score
-    count = functools.partial(scorer.count_sweep, kind=kind, winning_scores=winning[order])
-    histogram = total_counts(ids, count, num_workers)
-    return metrics.confusions_of_sweep(histogram)[np.argsort(order)]
+    count = functools.partial(scorer.count_sweep, kind=kind, winning_scores=winning)
+    return total_counts(ids, count, num_workers)
 
 
 def figures(confusion: np.ndarray, num_images: int, class_names: Sequence[str]) -> dict:
@@ -271,11 +263,7 @@ def sweep_table(result: dict) -> str:
     return "\n".join([*rows, "", f"at {kind} {best[kind]:g}:", table(best)])
 
 
-def as_json(result: dict) -> bytes:
-    return (json.dumps(result, indent=2) + "\n").encode()
-
-
-def sweep_csv(result: dict) -> bytes:
+def sweep_csv(result: dict) -> str:
     """One line for each threshold: mIoU, whether it is the best, and the IoU of each class."""
     kind, best = result["sweep"], result["best"]
     text = io.StringIO()
@@ -284,7 +272,7 @@ def sweep_csv(result: dict) -> bytes:
     for point in result["points"]:
         marked = int(point[kind] == best[kind])
         writer.writerow([point[kind], point["miou"], marked, *point["per_class"].values()])
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
 def sweep_plot(result: dict):
@@ -304,24 +292,12 @@ def sweep_plot(result: dict):
     return figure
 
 
-def sweep_png(result: dict) -> bytes:
-    file = io.BytesIO()
-    sweep_plot(result).savefig(file, format="png")
-    return file.getvalue()
-
-
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that do not go together."""
-    thresholds = (args.bg, args.alpha, args.sweep)
-    if args.pred and (args.crf or any(flag is not None for flag in thresholds)):
-        raise UsageError(
-            "--bg, --alpha, --sweep and --crf make labels from --cam; --pred holds labels already."
-        )
+    if args.pred and (args.crf or args.bg is not None or args.alpha or args.sweep):
+        raise UsageError("--bg, --alpha, --sweep and --crf need --cam; --pred holds labels.")
     if args.crf and args.sweep:
-        raise UsageError(
-            "--crf cannot be combined with --sweep, as every threshold would need its own CRF; "
-            "choose one threshold with --bg or --alpha."
-        )
+        raise UsageError("--crf needs one threshold, --bg or --alpha, and not --sweep.")
     if not args.sweep and (args.csv or args.plot):
         raise UsageError("--csv and --plot show the results of --sweep; add --sweep.")
     if args.plot and not args.plot.endswith(".png"):
@@ -331,33 +307,26 @@ def check_flags(args: argparse.Namespace) -> None:
 def present_ids(args: argparse.Namespace, ids: Sequence[str]) -> Sequence[str]:
     """The images that can be scored; raises DataError if there is none, or not --allow_missing."""
     folder, suffix = (args.pred, ".png") if args.pred else (args.cam, ".npy")
-    if args.allow_missing:
-        files = {image_id: maps_file(Path(folder, image_id + suffix)) for image_id in ids}
-        present = [image_id for image_id, file in files.items() if file.is_file()]
-        if present:
-            return present
+    present = [name for name in ids if maps_file(Path(folder, name + suffix)).is_file()]
+    if present and args.allow_missing:
+        return present
     program = "infer_aff.py --out_rw" if args.pred else "infer_cls.py --out_cam"
     require_files(folder, ids, suffix, f"{program} makes them")
     return ids
 
 
 def count_images(args: argparse.Namespace, scorer: Scorer, ids: Sequence[str]) -> np.ndarray:
-    """The confusion matrix of all images, or one for each threshold of --sweep.
-
-    Raises DataError if no pixel is labelled.
-    """
+    """The confusion matrix, or one for each threshold of --sweep; DataError if no pixel counts."""
     if args.sweep:
         counts = sweep(scorer, ids, args.sweep, args.num_workers)
     elif args.pred:
         counts = total_counts(ids, scorer.count_labels, args.num_workers)
     else:
-        kind, value = "bg", BACKGROUND_SCORE if args.bg is None else args.bg
-        if args.alpha is not None:
-            kind, value = "alpha", args.alpha
+        background = {"kind": "bg", "value": BACKGROUND_SCORE if args.bg is None else args.bg}
+        if args.alpha:
+            background = {"kind": "alpha", "value": args.alpha}
         crf_backend = args.crf_backend if args.crf else None
-        count = functools.partial(
-            scorer.count_maps, kind=kind, value=value, crf_backend=crf_backend
-        )
+        count = functools.partial(scorer.count_maps, **background, crf_backend=crf_backend)
         counts = total_counts(ids, count, args.num_workers)
     if not counts.any():
         raise DataError(f"{args.list}: no pixel of its masks is labelled; nothing to score.")
@@ -373,21 +342,24 @@ def main(args: argparse.Namespace) -> None:
         devkit.require_output(flag, path)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     present = present_ids(args, ids)
-    missing = len(ids) - len(present)
     masks = Path(args.gt) if args.gt else devkit.root / "SegmentationClass"
     require_files(masks, present, ".png", "--voc12_root or --gt, and the list must belong together")
     counts = count_images(args, Scorer(devkit, masks, Path(args.pred or args.cam)), present)
 
+    scored = counts, len(present), devkit.class_names
+    result = sweep_figures(args.sweep, *scored) if args.sweep else figures(*scored)
+    result["missing"] = len(ids) - len(present)
     if args.sweep:
-        result = sweep_figures(args.sweep, counts, len(present), devkit.class_names)
-        result["best"]["missing"] = missing
-    else:
-        result = figures(counts, len(present), devkit.class_names)
-    result["missing"] = missing
-    for path, render in ((args.json, as_json), (args.csv, sweep_csv), (args.plot, sweep_png)):
-        if path:
-            with atomic_write(path) as file:
-                file.write(render(result))
+        result["best"]["missing"] = result["missing"]
+    if args.json:
+        with atomic_write(args.json) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+    if args.csv:
+        with atomic_write(args.csv) as file:
+            file.write(sweep_csv(result).encode())
+    if args.plot:
+        with atomic_write(args.plot) as file:
+            sweep_plot(result).savefig(file, format="png")
     print(sweep_table(result) if args.sweep else table(result))
 
 

@@ -16,11 +16,9 @@ here, so that every image counts twice.
 """
 
 import argparse
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tool.files import make_folder
 from tool.maps import open_image, save_index_png
@@ -50,49 +48,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(devkit: Devkit, labels: Path, train_ids: Sequence[str], val_ids: Sequence[str]) -> None:
-    """Raise DataError if an image is in both lists, or a file is missing."""
-    both = sorted(set(train_ids) & set(val_ids))
-    if both:
-        raise DataError(
-            f"{both[0]}: is in --list and in --val_list ({len(both)} images are); remove it from "
-            "one, as images that validate a segmenter must not train it."
-        )
-    devkit.require_images([*train_ids, *val_ids])
-    require_files(labels, train_ids, ".png", "infer_aff.py --out_rw with the same list makes them")
-    masks = devkit.root / "SegmentationClass"
-    require_files(masks, val_ids, ".png", "a segmenter is validated with official masks")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under ``path`` complete, when the block ends without an error.
-
-    Raises DataError if something exists there.
-    """
-    if path.exists():
-        raise DataError(f"{path}: already exists; remove it, or name another --out.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    make_folder(temporary)
-    try:
-        yield temporary
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def write_tree(
-    root: Path,
-    devkit: Devkit,
-    labels: Path,
-    train_ids: Sequence[str],
-    val_ids: Sequence[str],
-    copy: bool,
+    root: Path, devkit: Devkit, labels: dict[str, Path], masks: dict[str, Path], copy: bool
 ) -> None:
     """Write the devkit below ``root`` with links to images and masks, or copies of them.
 
-    Raises DataError for an image that cannot be read, or a label that does not fit it.
+    ``labels`` and ``masks`` are by image id, to train and to validate with. Raises DataError for an
+    image that cannot be read, or a label that does not fit it.
     """
 
     def transfer(source: Path, target: Path) -> None:
@@ -101,43 +63,51 @@ def write_tree(
         else:
             target.symlink_to(source.resolve())
 
-    images, masks, lists = (
-        root / folder for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
-    )
-    for folder in (images, masks, lists):
-        folder.mkdir(parents=True)
-    label_paths = {image_id: labels / f"{image_id}.png" for image_id in train_ids}
-    mask_paths = {image_id: devkit.mask_path(image_id) for image_id in val_ids}
-    for image_id, path in cli.progress((label_paths | mask_paths).items(), "export"):
-        photograph, target = devkit.image_path(image_id), masks / f"{image_id}.png"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    for image_id, path in cli.progress((labels | masks).items(), "export"):
+        photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
         label = load_label(path, (height, width), len(devkit.class_names))
-        transfer(photograph, images / f"{image_id}.jpg")
-        if image_id in label_paths:
+        transfer(photograph, root / "JPEGImages" / photograph.name)
+        target = root / "SegmentationClass" / f"{image_id}.png"
+        if image_id in labels:
             save_index_png(target, label)
         else:
             transfer(path, target)
     if copy:
-        shutil.copytree(masks, root / "SegmentationClassAug")
+        shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     else:
-        (root / "SegmentationClassAug").symlink_to(masks.name)
-    for name, ids in (("train", train_ids), ("aug", train_ids), ("val", val_ids)):
-        (lists / f"{name}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+        (root / "SegmentationClassAug").symlink_to("SegmentationClass")
+    for name, ids in (("train", labels), ("aug", labels), ("val", masks)):
+        text = "".join(f"{image_id}\n" for image_id in ids)
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text)
 
 
 def main(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
     devkit.require_output("--out", args.out)
-    train_ids, val_ids = (
-        list(dict.fromkeys(read_ids(path))) for path in (args.list, args.val_list)
-    )
-    labels, out = Path(args.rw), Path(args.out, "VOCdevkit")
-    check(devkit, labels, train_ids, val_ids)
-    with new_folder(out) as folder:
-        write_tree(folder / "VOC2012", devkit, labels, train_ids, val_ids, args.copy)
+    labels = {image_id: Path(args.rw, f"{image_id}.png") for image_id in read_ids(args.list)}
+    masks = {image_id: devkit.mask_path(image_id) for image_id in read_ids(args.val_list)}
+    both = sorted(labels.keys() & masks.keys())
+    if both:
+        raise DataError(f"{both[0]}: is in --list and --val_list; remove it from one.")
+    devkit.require_images([*labels, *masks])
+    hint = "infer_aff.py --out_rw with the same list makes them"
+    require_files(args.rw, list(labels), ".png", hint)
+    hint = "a segmenter is validated with official masks"
+    require_files(devkit.root / "SegmentationClass", list(masks), ".png", hint)
+    out = Path(args.out, "VOCdevkit")
+    if out.exists():
+        raise DataError(f"{out}: already exists; remove it, or name another --out.")
+    make_folder(out.parent)
+    # The tree appears complete or not at all.
+    with TemporaryDirectory(prefix=".VOCdevkit.", dir=out.parent) as temporary:
+        write_tree(Path(temporary, "VOCdevkit", "VOC2012"), devkit, labels, masks, args.copy)
+        Path(temporary, "VOCdevkit").rename(out)
     print(
-        f"{out / 'VOC2012'}: {len(train_ids)} images with pseudo labels to train with, "
-        f"{len(val_ids)} with official masks to validate with\n"
+        f"{out / 'VOC2012'}: {len(labels)} images with pseudo labels to train with, "
+        f"{len(masks)} with official masks to validate with\n"
         f"torchvision: --dataset voc --data-path {args.out}\n"
         f"mmsegmentation: ln -s {out.resolve()} data/VOCdevkit"
     )

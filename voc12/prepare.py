@@ -17,12 +17,10 @@ from tool.files import atomic_write
 from tool.maps import save_npy_dict
 from tool.run import cli
 from tool.run.errors import DataError
-from voc12.devkit import Devkit, add_devkit_arguments, list_line, open_devkit, read_ids, require_ids
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_ids
 
 SPLITS = ("train", "val", "test")
 AUGMENTED = "train_aug"
-# Where the Semantic Boundaries Dataset keeps its masks, below its root or its benchmark_RELEASE.
-SBD_MASK_FOLDERS = ("cls", "dataset/cls", "benchmark_RELEASE/dataset/cls")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -30,27 +28,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         "python3 -m voc12.prepare", description=__doc__, formatter_class=cli.help_formatter
     )
     add_devkit_arguments(parser, labels=False)
-    parser.add_argument("--out_dir", default="voc12", help="folder for the lists and the labels")
-    parser.add_argument(
-        "--sbd_root",
-        help="the Semantic Boundaries Dataset (benchmark_RELEASE), if the devkit has no folder "
-        "SegmentationClassAug",
-    )
+    add = parser.add_argument
+    add("--out_dir", default="voc12", help="folder for the lists and the labels")
+    add("--sbd_root", help="SBD's folder benchmark_RELEASE, in place of SegmentationClassAug")
     return parser
 
 
-def split_ids(devkit: Devkit) -> dict[str, list[str]]:
-    """The ids of each split that the devkit has."""
-    folder = devkit.root / "ImageSets" / "Segmentation"
-    files = {split: folder / f"{split}.txt" for split in SPLITS}
-    return {split: read_ids(file) for split, file in files.items() if file.is_file()}
+def list_line(image_id: str, with_mask: bool) -> str:
+    """An image's line in a list: its path and, if asked, its mask's, below the devkit."""
+    line = f"/JPEGImages/{image_id}.jpg"
+    return f"{line} /SegmentationClassAug/{image_id}.png" if with_mask else line
 
 
 def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | None) -> list[str]:
     """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
     if sbd_root:
-        folders = [Path(sbd_root, folder) for folder in SBD_MASK_FOLDERS]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
+        folder = next(Path(sbd_root).rglob("cls"), None)
         if folder is None:
             raise DataError(f"{sbd_root}: has no folder cls with SBD's masks; see --sbd_root.")
         suffix, more = ".mat", splits.get("train", [])
@@ -65,20 +58,19 @@ def main(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
     devkit.require_output("--out_dir", args.out_dir)
     out_dir = Path(args.out_dir)
-    lists = split_ids(devkit)
+    files = {split: devkit.root / f"ImageSets/Segmentation/{split}.txt" for split in SPLITS}
+    lists = {split: read_ids(file) for split, file in files.items() if file.is_file()}
     augmented = augmented_ids(devkit, lists, args.sbd_root)
     if augmented:
         lists[AUGMENTED] = augmented
     if not lists:
-        raise DataError(
-            f"{devkit.root}: has neither lists in ImageSets/Segmentation nor masks in "
-            "SegmentationClassAug, from which lists are made."
-        )
+        folders = "lists in ImageSets/Segmentation nor masks in SegmentationClassAug"
+        raise DataError(f"{devkit.root}: has neither {folders}.")
     for split, ids in lists.items():
         path = out_dir / f"{split}.txt"
         with atomic_write(path) as file:
-            lines = (list_line(image_id, with_mask=split != "test") for image_id in ids)
-            file.writelines(f"{line}\n".encode() for line in lines)
+            for image_id in ids:
+                file.write(f"{list_line(image_id, with_mask=split != 'test')}\n".encode())
         print(f"{path}: {len(ids)} images")
 
     ids = sorted(set().union(*lists.values()))
@@ -88,20 +80,15 @@ def main(args: argparse.Namespace) -> None:
             labels[image_id] = devkit.annotated_label(image_id)
     save_npy_dict(out_dir / "cls_labels.npy", labels)
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")
-    print_missing(devkit, lists, len(ids) - len(labels))
-
-
-def print_missing(devkit: Devkit, lists: dict[str, list[str]], unlabelled: int) -> None:
-    """Print which files were not made, and what they need."""
     for split in SPLITS:
         if split not in lists:
             print(f"not made: {split}.txt, because ImageSets/Segmentation has no {split}.txt.")
     if AUGMENTED not in lists:
         print(
-            f"not made: {AUGMENTED}.txt, because {devkit.root / 'SegmentationClassAug'} has no "
-            "masks. Put the 12,031 masks of VOC and SBD there, name SBD's folder with --sbd_root, "
-            "or train on train.txt with --train_list."
+            f"not made: {AUGMENTED}.txt, because SegmentationClassAug has no masks. Put those of "
+            "VOC and SBD there, name SBD with --sbd_root, or train on train.txt (--train_list)."
         )
+    unlabelled = len(ids) - len(labels)
     if unlabelled:
         print(f"{unlabelled} images have no annotation and so no label (VOC's test images do not).")
 

@@ -28,22 +28,11 @@ from tool.run import cli
 from tool.run.errors import DataError
 from voc12.devkit import VOC_CLASSES
 
-MIN_IMAGES = 2  # one to train on, one to validate on
-SIZES = 64, 4096  # a smaller head is a few pixels, a larger image takes gigabytes
-VAL_STRIDE = 5  # every fifth image is a val image
-MARKER = "toy.json"  # holds the arguments of a toy devkit
-JPEG_QUALITY = 95
-
 # Lengths are fractions of an image's long side, so that a scene looks alike at every size.
 SHORT_SIDE = (0.75, 1.0)
 DIAMETER = (0.42, 0.58)
 PATTERN_PERIOD = 0.045
 HEAD_FADE = 0.02
-
-HEAD_FRACTION = (0.28, 0.4)  # of an object's area
-MIN_VISIBLE = 0.5  # of an object and of its head; a hidden head would make a wrong label
-PLACEMENT_TRIES = 20
-OBJECT_COUNTS, OBJECT_COUNT_ODDS = (1, 2, 3), (0.6, 0.3, 0.1)
 
 
 class Look(NamedTuple):
@@ -69,9 +58,7 @@ LOOKS = {
     "bottle": Look((0.36, 0.90, 0.55), lambda u, v: _wave(v), 1.40, 2.6, 1, 0.10, 0.15),
     "cat": Look((0.79, 0.80, 0.65), lambda u, v: _wave(u + v), 1.15, 2.0, 3, 0.10, 0.22),
     "cow": Look((0.50, 0.95, 0.80), lambda u, v: _wave(np.hypot(u, v)), 1.25, 2.8, 4, 0.06, 0.20),
-    "sheep": Look(
-        (0.00, 0.00, 1.00), lambda u, v: _wave(u) + _wave(v) - 0.4, 1.10, 2.0, 7, 0.07, 0.15
-    ),
+    "sheep": Look((0, 0, 1.00), lambda u, v: _wave(u) + _wave(v) - 0.4, 1.10, 2.0, 7, 0.07, 0.15),
 }
 TOY_CLASSES = tuple(LOOKS)
 
@@ -89,10 +76,6 @@ class _Blob(NamedTuple):
     def mask(self) -> np.ndarray:
         return self.coverage > 0.5
 
-    @property
-    def head_mask(self) -> np.ndarray:
-        return self.mask & (self.head > 0.5)
-
 
 def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     """Write ``images`` scenes with a long side of ``size`` pixels as a devkit under ``out``.
@@ -101,65 +84,66 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     but the devkit of these arguments.
     """
     out = Path(out)
-    arguments = json.dumps({"images": images, "size": size, "seed": seed}) + "\n"
-    _write_marker(out / MARKER, arguments.encode())
+    # Written into a new folder before anything else.
+    marker, arguments = out / "toy.json", {"images": images, "size": size, "seed": seed}
+    content = (json.dumps(arguments) + "\n").encode()
+    if not (marker.is_file() and marker.read_bytes() == content):
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise DataError(f"{out}: is not a toy devkit of these arguments; name a new folder.")
+        _write(marker, content)
+
     ids = [f"toy_{index:06d}" for index in range(images)]
     for index, image_id in enumerate(cli.progress(ids, "toy devkit")):
         image, label, names = draw_scene(size, seed, index)
         with atomic_write(out / "JPEGImages" / f"{image_id}.jpg") as file:
-            Image.fromarray(image).save(file, format="JPEG", quality=JPEG_QUALITY)
+            Image.fromarray(image).save(file, format="JPEG", quality=95)
         save_index_png(out / "SegmentationClassAug" / f"{image_id}.png", label)
         save_index_png(out / "SegmentationClass" / f"{image_id}.png", _with_void(label))
         objects = "".join(f"<object><name>{name}</name></object>\n" for name in names)
-        with atomic_write(out / "Annotations" / f"{image_id}.xml") as file:
-            file.write(f"<annotation>\n{objects}</annotation>\n".encode())
+        annotation = f"<annotation>\n{objects}</annotation>\n".encode()
+        _write(out / "Annotations" / f"{image_id}.xml", annotation)
 
-    val = ids[1::VAL_STRIDE]
+    val = ids[1::5]
     train = sorted(set(ids) - set(val))
     for split, members in {"train": train, "val": val}.items():
-        with atomic_write(out / "ImageSets" / "Segmentation" / f"{split}.txt") as file:
-            file.write("".join(f"{image_id}\n" for image_id in members).encode())
+        lines = "".join(f"{image_id}\n" for image_id in members).encode()
+        _write(out / "ImageSets" / "Segmentation" / f"{split}.txt", lines)
     print(f"{out}: {images} images ({len(train)} train, {len(val)} val).")
 
 
-def _write_marker(marker: Path, content: bytes) -> None:
-    """Write the marker into a new folder before anything else; raise DataError in any other."""
-    folder = marker.parent
-    if marker.is_file() and marker.read_bytes() == content:
-        return
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise DataError(
-            f"{folder}: exists, and is not a toy devkit of these arguments; name a new folder."
-        )
-    with atomic_write(marker) as file:
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
         file.write(content)
 
 
 def _with_void(label: np.ndarray) -> np.ndarray:
     """The uint8 H x W label with 255 wherever a 3 x 3 neighbourhood holds two values."""
     image = Image.fromarray(label)
-    highest = np.asarray(image.filter(ImageFilter.MaxFilter(3)))
-    lowest = np.asarray(image.filter(ImageFilter.MinFilter(3)))
-    return np.where(highest == lowest, label, VOID).astype(np.uint8)
+    highest, lowest = image.filter(ImageFilter.MaxFilter(3)), image.filter(ImageFilter.MinFilter(3))
+    return np.where(np.equal(highest, lowest), label, VOID).astype(np.uint8)
 
 
 def draw_scene(size: int, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Image ``index`` of the devkit with this seed; its long side is ``size`` pixels.
 
-    Returns the image, uint8 H x W x 3 RGB; its label, uint8 H x W, 0 background and k + 1 class k
-    without void; and the classes of its objects, the farthest first.
+    Returns the image, uint8 H x W x 3 RGB; its label without void, uint8 H x W, 0 background and
+    k + 1 class k; and the classes of its objects, the farthest first.
     """
     rng = np.random.default_rng([seed, index])
     short = round(size * rng.uniform(*SHORT_SIDE))
     height, width = (short, size) if rng.random() < 0.5 else (size, short)
     canvas = _background(rng, height, width)  # float H x W x 3
+    # Each class is first in train and val: 6 classes and every 5th image have no common divisor.
+    first = TOY_CLASSES[index % len(TOY_CLASSES)]
+    others = [name for name in TOY_CLASSES if name != first]
+    num_others = rng.choice((0, 1, 2), p=(0.6, 0.3, 0.1))
     blobs, names = [], []
     owner = np.full((height, width), -1)  # the blob visible at each pixel, -1 the background
-    for name in _draw_names(rng, index):
-        placed = _place(rng, LOOKS[name], size, blobs, owner)
-        if placed is None:
+    for name in [first, *rng.choice(others, num_others, replace=False).tolist()]:
+        blob = _place(rng, LOOKS[name], size, blobs, owner)
+        if blob is None:
             continue
-        blob, owner = placed
+        owner[blob.mask] = len(blobs)
         blobs.append(blob)
         names.append(name)
         colour = _colour(rng, LOOKS[name], blob, size)
@@ -170,31 +154,20 @@ def draw_scene(size: int, seed: int, index: int) -> tuple[np.ndarray, np.ndarray
     return image, labels[owner + 1], names
 
 
-def _draw_names(rng: np.random.Generator, index: int) -> list[str]:
-    """One to three different classes, the farthest first.
-
-    The first class cycles with the index, which balances the classes. Their number and VAL_STRIDE
-    have no common divisor, so that every class is in train and val.
-    """
-    first = TOY_CLASSES[index % len(TOY_CLASSES)]
-    others = [name for name in TOY_CLASSES if name != first]
-    count = rng.choice(OBJECT_COUNTS, p=OBJECT_COUNT_ODDS)
-    return [first, *rng.choice(others, count - 1, replace=False).tolist()]
-
-
 def _place(
     rng: np.random.Generator, look: Look, size: int, blobs: list[_Blob], owner: np.ndarray
-) -> tuple[_Blob, np.ndarray] | None:
-    """A blob in front of the others and the new owners; None if it would hide too much."""
-    for _ in range(PLACEMENT_TRIES):
+) -> _Blob | None:
+    """A blob in front of the others; None if twenty tries all hide too much of them."""
+    for _ in range(20):
         blob = _draw_blob(rng, look, size, *owner.shape)
-        new_owner = np.where(blob.mask, len(blobs), owner)
+        visible = np.where(blob.mask, -1, owner)
+        # Half of an object and of its head must show: a hidden head would make a wrong label.
         if all(
-            (new_owner[part] == index).mean() >= MIN_VISIBLE
+            (visible[part] == index).mean() >= 0.5
             for index, other in enumerate(blobs)
-            for part in (other.mask, other.head_mask)
+            for part in (other.mask, other.mask & (other.head > 0.5))
         ):
-            return blob, new_owner
+            return blob
     return None
 
 
@@ -218,9 +191,9 @@ def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, wid
         radius *= 1 + rng.uniform(-0.035, 0.035) * np.cos(lobes * angle + rng.uniform(0, 2 * np.pi))
     coverage = (radius - distance + 0.5).clip(0, 1)
 
-    # The head ends at a slightly curved line across the blob.
+    # The head, 0.28 to 0.4 of the area, ends at a slightly curved line across the blob.
     rank = along + rng.uniform(-0.25, 0.25) * across**2 / breadth
-    start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(*HEAD_FRACTION))
+    start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(0.28, 0.4))
     head = ((rank - start) / (HEAD_FADE * size) + 0.5).clip(0, 1)
     return _Blob(coverage, head, (1 - distance / radius).clip(0, 1), along, across)
 
@@ -285,13 +258,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("out", metavar="OUT", help="folder of the devkit; created if missing")
-    add(
-        "--images",
-        default=160,
-        type=cli.number(int, MIN_IMAGES),
-        help=f"number of images; one of every {VAL_STRIDE} is a val image",
-    )
-    add("--size", default=192, type=cli.number(int, *SIZES), help="long side of an image in pixels")
+    add("--images", default=160, type=cli.number(int, 2), help="images; one of five is for val")
+    add("--size", default=192, type=cli.number(int, 64, 4096), help="long side of an image, pixels")
     add("--seed", default=0, type=cli.number(int, 0), help="another seed gives another data set")
     return parser
 
