@@ -23,19 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tool import random_walk
 from tool.affinity import pair_affinity
 from tool.crf import dense_crf
 from tool.labels import index_image
 from tool.maps import save_index_png
-from tool.random_walk import (
-    TOLERANCE,
-    pad_to_multiple,
-    propagate_together,
-    transition_matrix,
-    upsample_scores,
-    walk_seeds,
-    walk_trace,
-)
 from tool.run import cli
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
@@ -90,13 +82,17 @@ def make_walk(
     net: nn.Module, sample: AffinitySample, args: argparse.Namespace, device: torch.device
 ) -> Walk:
     """The transition matrix of an image's affinities, and its maps with the background."""
-    image = pad_to_multiple(sample.image.to(device, non_blocking=True), net.stride)
+    image = random_walk.pad_to_multiple(sample.image.to(device, non_blocking=True), net.stride)
     height, width = (side // net.stride for side in image.shape[-2:])
     with autocast(device, args.amp):
         features = net.forward_features(image[None])
     affinity = pair_affinity(features, args.radius, args.full_graph)[0]
-    transition = transition_matrix(affinity, height, width, args.radius, args.beta, args.full_graph)
-    seeds = walk_seeds(sample.maps.to(device, non_blocking=True), args.alpha, net.stride)
+    transition = random_walk.transition_matrix(
+        affinity, height, width, args.radius, args.beta, args.full_graph
+    )
+    seeds = random_walk.walk_seeds(
+        sample.maps.to(device, non_blocking=True), args.alpha, net.stride
+    )
     return Walk(sample, transition, seeds)
 
 
@@ -107,7 +103,7 @@ def label_of(
 
     With a backend, they go through the dense CRF first.
     """
-    upsampled = upsample_scores(scores, sample.maps.shape[-2:], stride)
+    upsampled = random_walk.upsample_scores(scores, sample.maps.shape[-2:], stride)
     if crf_backend:
         score_sets, device = [upsampled.cpu().numpy()], scores.device
         (refined,) = dense_crf(sample.photograph, score_sets, backend=crf_backend, device=device)
@@ -118,8 +114,8 @@ def label_of(
 def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace) -> None:
     """Walk, and write each image's label and, where asked for, the pictures of its walk."""
     seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
-    tolerance = 0 if args.exact else TOLERANCE
-    walked = propagate_together(seeds, transitions, 2**args.logt, tolerance)
+    tolerance = 0 if args.exact else random_walk.TOLERANCE
+    walked = random_walk.propagate_together(seeds, transitions, 2**args.logt, tolerance)
     for walk, scores in zip(walks, walked, strict=True):
         label = label_of(scores, walk.sample, stride, args.crf_backend if args.crf else None)
         if walk.sample.image_id in args.trace_ids:
@@ -132,7 +128,7 @@ def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
     sample = walk.sample
     labels = {
         steps: label_of(scores, sample, stride)
-        for steps, scores in walk_trace(walk.seeds, walk.transition, args.logt).items()
+        for steps, scores in random_walk.walk_trace(walk.seeds, walk.transition, args.logt).items()
     }
     save_trace(Path(args.trace, sample.image_id), Image.fromarray(sample.photograph), labels)
 

@@ -21,13 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tool.affinity import affinity_loss, pair_labels, source_grid
-from tool.run import cli
-from tool.run.devices import (
-    autocast,
-    choose_device,
-    process_group,
-    sum_over_ranks,
-)
+from tool.run import cli, devices
 from tool.run.errors import UsageError
 from tool.run.provenance import digest, digest_maps, digest_photographs
 from tool.run.training import (
@@ -73,11 +67,11 @@ def pair_losses(
     amp: str | None,
 ) -> dict[str, Tensor]:
     """images B x 3 x H x W, labels uint8 B x h x w -> ``affinity_loss``, means over all ranks."""
-    with autocast(device, amp):
+    with devices.autocast(device, amp):
         affinities = model(images.to(device, non_blocking=True))
     labels = labels.to(device, non_blocking=True)
     # The means are over the pairs of the whole batch, of which this rank has a shard.
-    return affinity_loss(affinities, *pair_labels(labels, radius), sum_over_ranks)
+    return affinity_loss(affinities, *pair_labels(labels, radius), devices.sum_over_ranks)
 
 
 def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) -> dict[str, str]:
@@ -132,8 +126,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(args: argparse.Namespace) -> None:
     if os.path.realpath(args.la_crf_dir) == os.path.realpath(args.ha_crf_dir):
         raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
-    device = choose_device(args.device)
-    with process_group(device):
+    device = devices.choose_device(args.device)
+    with devices.process_group(device):
         train(args, device)
 
 

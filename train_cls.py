@@ -24,17 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tool.run import cli
-from tool.run.devices import (
-    StopSignals,
-    autocast,
-    choose_device,
-    is_main,
-    process_group,
-    shard,
-    sum_over_ranks,
-    world_size,
-)
+from tool.run import cli, devices
+from tool.run.devices import StopSignals
 from tool.run.errors import UsageError
 from tool.run.loading import in_batches, load
 from tool.run.provenance import digest, digest_photographs
@@ -76,7 +67,7 @@ def classification_loss(
     net: nn.Module, images: Tensor, labels: Tensor, device: torch.device, amp: str | None
 ) -> Tensor:
     """images B x 3 x H x W, labels B x classes -> the multilabel soft margin loss, a scalar."""
-    with autocast(device, amp):
+    with devices.autocast(device, amp):
         logits = net(images.to(device, non_blocking=True))
     return F.multilabel_soft_margin_loss(logits.float(), labels.to(device, non_blocking=True))
 
@@ -92,18 +83,18 @@ def validate(
     """The mean loss over the images, of which each rank sees a shard; cut short by a signal."""
     net.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    own = shard(range(len(dataset)))
-    batches = in_batches(own, math.ceil(args.batch_size / world_size()))
+    own = devices.shard(range(len(dataset)))
+    batches = in_batches(own, math.ceil(args.batch_size / devices.world_size()))
     with (
         load(dataset, batches, args.num_workers, pin_memory=device.type == "cuda") as loaded,
-        cli.progress(None, "validation", total=len(own), disable=not is_main()) as bar,
+        cli.progress(None, "validation", total=len(own), disable=not devices.is_main()) as bar,
     ):
         for images, labels in loaded:
             if stop.received:
                 break
             total += classification_loss(net, images, labels, device, args.amp) * len(images)
             bar.update(len(images))
-    return sum_over_ranks(total).item() / len(dataset)
+    return devices.sum_over_ranks(total).item() / len(dataset)
 
 
 def digests(devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]) -> dict[str, str]:
@@ -158,8 +149,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.resize_long[0] > args.resize_long[1]:
         raise UsageError("--resize_long: MIN is larger than MAX.")
-    device = choose_device(args.device)
-    with process_group(device):
+    device = devices.choose_device(args.device)
+    with devices.process_group(device):
         train(args, device)
 
 

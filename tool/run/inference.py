@@ -8,18 +8,8 @@ from typing import Any
 
 import torch
 
-from tool.run import cli
-from tool.run.devices import (
-    StopSignals,
-    choose_device,
-    gather,
-    is_main,
-    is_out_of_memory,
-    print_main,
-    process_group,
-    shard,
-    world_size,
-)
+from tool.run import cli, devices
+from tool.run.devices import StopSignals
 from tool.run.errors import DataError, Interrupted
 from tool.run.provenance import OutputFolder, prepare_folders, require_same_settings, unfinished
 
@@ -31,8 +21,8 @@ IDS_SHOWN = 5
 @contextmanager
 def join_ranks(device_name: str) -> Iterator[tuple[torch.device, StopSignals]]:
     """Within the block: this rank's device, and signals that wait for the end of an image."""
-    device = choose_device(device_name)
-    with process_group(device, LONGEST_WAIT), StopSignals() as stop:
+    device = devices.choose_device(device_name)
+    with devices.process_group(device, LONGEST_WAIT), StopSignals() as stop:
         yield device, stop
 
 
@@ -60,8 +50,8 @@ class Run:
         self.name, self.folders, self.stop = name, folders, stop
         self.overwrite, self.skip_bad = overwrite, skip_bad
         self.all_ids = list(dict.fromkeys(ids))
-        self.todo: list[str] = gather(self._plan() if is_main() else [])[0]
-        self.ids = shard(self.todo)
+        self.todo: list[str] = devices.gather(self._plan() if devices.is_main() else [])[0]
+        self.ids = devices.shard(self.todo)
         self._current = ""
         self._bad: dict[str, str] = {}
         self._error: DataError | None = None
@@ -70,19 +60,20 @@ class Run:
     def _plan(self) -> list[str]:
         require_same_settings(self.folders, self.all_ids, self.overwrite)
         todo = self.all_ids if self.overwrite else unfinished(self.folders, self.all_ids)
-        complete = len(self.all_ids) - len(todo)
-        if complete or world_size() > 1:
-            shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
-            print_main(
+        complete, ranks = len(self.all_ids) - len(todo), devices.world_size()
+        if complete or ranks > 1:
+            shared = f", shared by {ranks} processes" if ranks > 1 else ""
+            print(
                 f"{complete} of {len(self.all_ids)} images were complete; {len(todo)} to do{shared}"
             )
         return todo
 
     def __enter__(self) -> "Run":
-        if is_main():
+        if devices.is_main():
             prepare_folders(self.folders, self.all_ids, self.overwrite)
-        gather(None)  # nobody writes before that is done
-        self._bar = cli.progress(None, self.name, total=len(self.ids), disable=not is_main())
+        devices.gather(None)  # nobody writes before that is done
+        quiet = not devices.is_main()
+        self._bar = cli.progress(None, self.name, total=len(self.ids), disable=quiet)
         return self
 
     def each(self, samples: Iterable[Any]) -> Iterator[Any]:
@@ -110,7 +101,7 @@ class Run:
         if error is None and self._error:
             hint = "the same command makes the others, with --skip_bad without this one."
             raise DataError(f"{self._error} {self._count()}; {hint}") from self._error
-        if is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             raise DataError(
                 f"{self._current}: out of memory; take fewer --num_workers, --amp, or a smaller "
                 f"image. {self._count()}; the same command makes the others."
@@ -130,8 +121,8 @@ class Run:
 
     def _report_bad(self) -> None:
         """Raise DataError if any rank has skipped an image, after a list of them all."""
-        bad = {key: value for part in gather(self._bad) for key, value in part.items()}
-        if not bad or not is_main():
+        bad = {key: value for part in devices.gather(self._bad) for key, value in part.items()}
+        if not bad or not devices.is_main():
             return
         for reason in bad.values():
             print(f"skipped: {reason}", file=sys.stderr)

@@ -16,24 +16,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tool.files import remove_leftovers
-from tool.run import cli
+from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
-from tool.run.devices import (
-    StopSignals,
-    Switches,
-    data_parallel,
-    gather,
-    is_main,
-    is_out_of_memory,
-    random_states,
-    rank,
-    restore_random_states,
-    seed_rank,
-    shard,
-    sum_over_ranks,
-    to_device,
-    world_size,
-)
+from tool.run.devices import StopSignals, Switches
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import load, shuffled
 from tool.run.log import Log, describe_run
@@ -108,8 +93,8 @@ def make_schedule(num_images: int, args: argparse.Namespace) -> Schedule:
     Raises UsageError if a batch does not have an image for each rank.
     """
     size = args.batch_size
-    if size < world_size():
-        raise UsageError(f"--batch_size {size}: too small for {world_size()} processes.")
+    if size < devices.world_size():
+        raise UsageError(f"--batch_size {size}: too small for {devices.world_size()} processes.")
     if num_images < size:
         raise DataError(
             f"{args.train_list}: its {num_images} images do not fill a batch of {size}; "
@@ -127,7 +112,7 @@ def remaining_batches(schedule: Schedule, seed: int, step: int) -> Iterator[list
         epoch, batch = divmod(next_step, schedule.steps_per_epoch)
         start = batch * schedule.batch_size
         indices = shuffled(schedule.num_images, seed, epoch)[start : start + schedule.batch_size]
-        yield [(epoch, index) for index in shard(indices)]
+        yield [(epoch, index) for index in devices.shard(indices)]
 
 
 @dataclass
@@ -175,7 +160,7 @@ def start_training(
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
     if args.weights not in WEIGHT_WORDS:
         settings["weights"] = digest_file(args.weights)
-    to_device(net, device, Switches(args.amp, args.tf32, args.compile))
+    devices.to_device(net, device, Switches(args.amp, args.tf32, args.compile))
     training = Training(
         net=net,
         model=net,
@@ -192,18 +177,18 @@ def start_training(
         log_every=args.log_every,
         save_every=args.save_every,
     )
-    if is_main():
+    if devices.is_main():
         for path in (training.checkpoint, f"{session}.pth"):
             remove_leftovers(path)
     found = find_checkpoint(args.resume, training.checkpoint)
     if found:
         _restore(training, read_checkpoint(found, settings))
     else:
-        if is_main():
+        if devices.is_main():
             training.checkpoint.unlink(missing_ok=True)
         training.log.start(notes)
-        seed_rank(args.seed, step=0)
-    training.model = data_parallel(net, device)
+        devices.seed_rank(args.seed, step=0)
+    training.model = devices.data_parallel(net, device)
     return training
 
 
@@ -237,9 +222,9 @@ def train_one_epoch(
             try:
                 losses = losses_of(model, next(batches))
                 # Gradients become the mean over ranks, but the batch's loss is a sum over them.
-                scaler.scale(losses["loss"] * world_size()).backward()
+                scaler.scale(losses["loss"] * devices.world_size()).backward()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not devices.is_out_of_memory(error):
                     raise
                 raise DataError(
                     f"out of memory on {training.device} in step {training.step + 1}; take a "
@@ -270,7 +255,7 @@ def _progress_bar(training: Training, end: int) -> tqdm:
         f"epoch {training.epoch + 1}/{training.schedule.epochs}",
         total=steps * size,
         initial=(steps - end + training.step) * size,
-        disable=not is_main(),
+        disable=not devices.is_main(),
     )
 
 
@@ -292,7 +277,7 @@ def _read_losses(training: Training) -> None:
     names = list(training.pending[0])
     steps = [torch.stack([losses[name] for name in names]) for losses in training.pending]
     training.pending = []
-    values = sum_over_ranks(torch.stack(steps)).tolist()
+    values = devices.sum_over_ranks(torch.stack(steps)).tolist()
     for step, row in enumerate(values, start=training.step - len(values) + 1):
         losses = dict(zip(names, row, strict=True))
         if not math.isfinite(losses["loss"]):
@@ -334,8 +319,8 @@ def end_epoch(training: Training, summary: str) -> None:
 def save_checkpoint(training: Training) -> None:
     """Write ``<session_name>.ckpt``; all ranks must call it."""
     _read_losses(training)
-    states = gather(random_states(training.device))
-    if is_main():
+    states = devices.gather(devices.random_states(training.device))
+    if devices.is_main():
         content = {
             "settings": training.settings,
             "network": _on_cpu(training.net),
@@ -358,10 +343,10 @@ def _restore(training: Training, content: dict[str, Any]) -> None:
     training.step, training.epoch = content["step"], content["epoch"]
     training.losses, training.row_start = content["losses"], content["row_start"]
     training.log.resume(content["texts"], training.step)
-    if rank() < len(content["random"]):
-        restore_random_states(content["random"][rank()], training.device)
+    if devices.rank() < len(content["random"]):
+        devices.restore_random_states(content["random"][devices.rank()], training.device)
     else:
-        seed_rank(training.seed, training.step)
+        devices.seed_rank(training.seed, training.step)
 
 
 def finish(training: Training) -> None:
@@ -369,7 +354,7 @@ def finish(training: Training) -> None:
 
     Raises DataError if a weight is not finite: the last step can diverge after its loss was read.
     """
-    if not is_main():
+    if not devices.is_main():
         return
     state = _on_cpu(training.net)
     for name, value in state.items():
