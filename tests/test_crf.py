@@ -53,11 +53,8 @@ def test_background_comes_first_and_scores_are_not_normalized():
     np.testing.assert_allclose(scores[0], [[0.8**4, 0.1**4]], rtol=1e-5)
     assert np.array_equal(scores[1:], maps)
     assert scores.dtype == np.float32
-
-
-def test_background_without_maps_is_one():
-    scores = background_and_maps(np.empty((0, 2, 3), np.float32), 4)
-    assert np.array_equal(scores, np.ones((1, 2, 3)))
+    without_maps = background_and_maps(np.empty((0, 2, 3), np.float32), 4)
+    assert np.array_equal(without_maps, np.ones((1, 2, 3)))
 
 
 def test_probabilities_sum_to_one_in_the_shape_of_the_scores(crf, image, maps):
@@ -102,13 +99,11 @@ def test_label_boundary_moves_to_the_edge_in_the_image(crf):
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40)])
 def test_image_one_pixel_wide_or_high_works(crf, size):
     image = recipe.synthetic_image(*size, seed=1)
-    scores = np.random.default_rng(0).uniform(size=(3, *size)).astype(np.float32)
-    probabilities = crf(image, scores)
-    assert probabilities.shape == scores.shape
-    np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
+    probabilities = crf(image, np.random.default_rng(0).uniform(size=(3, *size)))
+    np.testing.assert_allclose(probabilities.sum(axis=0), np.ones(size), atol=1e-5)
 
 
-def test_views_give_the_same_as_copies_and_arguments_do_not_change(crf, image, maps):
+def test_views_are_accepted_and_arguments_do_not_change(crf, image, maps):
     mirrored, scores = image[:, ::-1], background_and_maps(maps, 4)[:, :, ::-1]
     copies = mirrored.copy(), scores.copy()
     assert np.array_equal(crf(mirrored, scores), crf(*copies))
@@ -149,9 +144,9 @@ def _smooth_maps(classes: int, size: tuple[int, int], seed: int) -> np.ndarray:
 def _assert_backends_agree(image: np.ndarray, classes: int, alphas=(4, 24, 32)) -> None:
     maps = _smooth_maps(classes, image.shape[:2], seed=classes)
     score_sets = [background_and_maps(maps, alpha) for alpha in alphas]
-    results = (dense_crf(image, score_sets, backend=backend) for backend in BACKENDS)
+    results = [np.stack(dense_crf(image, score_sets, backend=backend)) for backend in BACKENDS]
+    np.testing.assert_allclose(*results, rtol=0, atol=TOLERANCE)
     for ours, theirs in zip(*results, strict=True):
-        assert np.abs(ours - theirs).max() < TOLERANCE
         assert (ours.argmax(axis=0) == theirs.argmax(axis=0)).mean() >= EQUAL_LABELS
 
 
@@ -165,21 +160,16 @@ def test_backends_agree_on_photographs(photograph, classes, voc_mini):
 # Some numbers of pixels are no multiple of 4: pydensecrf then adds lattice points.
 @needs_pydensecrf
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 3), (1, 301), (302, 1), (37, 53), (61, 64)])
-@pytest.mark.parametrize("classes", [0, 1, 2])
+@pytest.mark.parametrize("classes", [0, 2, 20])
 def test_backends_agree_on_images_of_any_size(classes, size):
     _assert_backends_agree(recipe.synthetic_image(*size, seed=1), classes)
 
 
 @needs_pydensecrf
-@pytest.mark.parametrize(("size", "level"), [((20, 30), 0), ((20, 30), 255), ((375, 500), 128)])
+@pytest.mark.parametrize(("size", "level"), [((20, 30), 0), ((375, 500), 128)])
 def test_backends_agree_on_flat_images(size, level):
     """Sums run over thousands of pixels, where the order of float32 additions matters."""
     _assert_backends_agree(np.full((*size, 3), level, np.uint8), 2, alphas=(4,))
-
-
-@needs_pydensecrf
-def test_backends_agree_on_21_labels():
-    _assert_backends_agree(recipe.synthetic_image(120, 150, seed=2), 20)
 
 
 @needs_pydensecrf

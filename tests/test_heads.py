@@ -70,19 +70,16 @@ def test_affinity_net_returns_an_affinity_per_pair(net):
     assert affinity.std() > 0
 
 
-@pytest.mark.parametrize("name", _named("cls"))
-def test_number_of_classes_is_an_argument(name):
+@pytest.mark.parametrize("name", _named())
+def test_number_of_classes_and_radius_are_arguments(name):
     with torch.device("meta"):  # shapes without values
-        net = _module(name).Net(num_classes=3)
-        assert net(torch.empty(2, 3, 64, 64)).shape == (2, 3)
-        assert net.forward_cam(torch.empty(2, 3, 64, 64)).shape == (2, 3, 8, 8)
-
-
-@pytest.mark.parametrize("name", _named("aff"))
-def test_radius_is_an_argument(name):
-    with torch.device("meta"):
-        affinity = _module(name).Net(radius=3)(torch.empty(2, 3, 64, 64))
-    assert affinity.shape == (2, 12, 6 * 4)
+        x = torch.empty(2, 3, 64, 64)
+        if name.endswith("aff"):
+            assert _module(name).Net(radius=3)(x).shape == (2, 12, 6 * 4)
+        else:
+            net = _module(name).Net(num_classes=3)
+            assert net(x).shape == (2, 3)
+            assert net.forward_cam(x).shape == (2, 3, 8, 8)
 
 
 @each_net
@@ -168,17 +165,6 @@ def test_dropout_is_in_its_layers_and_in_training_alone(name, monkeypatch):
     assert active == DROPOUTS[name]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_same_seed_gives_the_same_initial_weights(name):
-    states = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        states.append(_module(name).Net().state_dict())
-    head = "fc8.weight" if name.endswith("cls") else "f9.weight"
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert not torch.equal(states[0][head], states[2][head])
-
-
 @each_classifier
 def test_initial_classifier_layer_is_xavier_uniform(net):
     _assert_xavier_uniform(net.fc8.weight, gain=1)
@@ -205,11 +191,7 @@ def _assert_xavier_uniform(weight, gain):
     ("name", "black", "red"),
     [
         ("vgg16_cls", (-104.008, -116.669, -122.675), (-104.008, -116.669, 132.325)),  # BGR
-        (
-            "resnet38_aff",
-            (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
-            (0.515 / 0.229, -0.456 / 0.224, -0.406 / 0.225),
-        ),
+        ("resnet38_aff", (-2.117904, -2.035714, -1.804444), (2.248908, -2.035714, -1.804444)),
         ("tiny_cls", (-1, -1, -1), (1, -1, -1)),
     ],
 )

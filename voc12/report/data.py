@@ -1,4 +1,4 @@
-"""What the report shows: an image's outputs, scores over all images, the choice of images, logs."""
+"""What the report shows: outputs of an image, scores of all, the choice of images, losses."""
 
 import csv
 import math
@@ -22,12 +22,8 @@ from voc12.devkit import Devkit, load_label, require_files
 from voc12.evaluate import figures
 
 STRIDE = 8  # cells of the affinity labels, as in training
-CAM, CONFIDENT = "CAM", "confident labels"
-# Folders of index images, in the order of the stages, and what the report calls them.
-INDEX_IMAGES = {"rw": "random walk"}
+CAM = "CAM"  # the name of the CAMs' prediction
 SUFFIXES = {"cam": ".npy", "la": ".npy", "ha": ".npy", "rw": ".png"}
-# Columns of a training log that are not losses.
-LOG_COLUMNS = ("step", "epoch", "lr", "images_per_second")
 
 
 class Example(NamedTuple):
@@ -38,13 +34,7 @@ class Example(NamedTuple):
     mask: np.ndarray | None
     cams: dict[int, np.ndarray]  # {class: float32 H x W}
     predictions: dict[str, np.ndarray]  # labels by name, in the order of the stages
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        """The labels to show, the mask last; the CAMs' only where there is no other prediction."""
-        later = {name: label for name, label in self.predictions.items() if name != CAM}
-        mask = {} if self.mask is None else {"mask": self.mask}
-        return (later or self.predictions) | mask
+    labels: dict[str, np.ndarray]  # those to show, the mask last
 
 
 class Outputs(NamedTuple):
@@ -76,15 +66,15 @@ class Outputs(NamedTuple):
         if "la" in path:
             low, high = load_crf_scores(path["la"], path["ha"], size)
             if max(low) > num_classes:
-                raise DataError(
-                    f"{path['la']}: has scores of the label {max(low)}, but there are "
-                    f"{num_classes} classes; see --classes."
-                )
-            predictions[CONFIDENT] = confident_label(low, high)
-        for key, name in INDEX_IMAGES.items():
-            if key in path:
-                predictions[name] = load_label(path[key], size, num_classes)
-        return Example(image_id, photograph, mask, cams, predictions)
+                hint = f"but there are {num_classes} classes; see --classes"
+                raise DataError(f"{path['la']}: has scores of the label {max(low)}, {hint}.")
+            predictions["confident labels"] = confident_label(low, high)
+        if "rw" in path:
+            predictions["random walk"] = load_label(path["rw"], size, num_classes)
+        # The CAMs are shown as heat; their labels only where there is no other prediction.
+        labels = {name: predictions[name] for name in predictions if name != CAM} or predictions
+        labels = labels | ({} if mask is None else {"mask": mask})
+        return Example(image_id, photograph, mask, cams, predictions, labels)
 
 
 def confident_label(low: dict[int, np.ndarray], high: dict[int, np.ndarray]) -> np.ndarray:
@@ -94,25 +84,22 @@ def confident_label(low: dict[int, np.ndarray], high: dict[int, np.ndarray]) -> 
     Labels are those of whole cells; a border that does not fill a cell is ignored.
     """
     size = low[0].shape
-    label = np.full(size, VOID, np.uint8)
-    if min(size) >= STRIDE:
-        scores = [torch.from_numpy(stack_maps(maps, size)) for maps in (low, high)]
-        label_of_local = np.full(VOID + 1, VOID, np.uint8)
-        label_of_local[: len(low)] = list(low)
-        cells = label_of_local[affinity_label(*scores, STRIDE).numpy()]
-        enlarged = cells.repeat(STRIDE, axis=0).repeat(STRIDE, axis=1)
-        label[: enlarged.shape[0], : enlarged.shape[1]] = enlarged
-    return label
+    if min(size) < STRIDE:  # not one cell
+        return np.full(size, VOID, np.uint8)
+    scores = [torch.from_numpy(stack_maps(maps, size)) for maps in (low, high)]
+    label_of_local = np.full(VOID + 1, VOID, np.uint8)
+    label_of_local[: len(low)] = list(low)
+    cells = label_of_local[affinity_label(*scores, STRIDE).numpy()]
+    enlarged = cells.repeat(STRIDE, axis=0).repeat(STRIDE, axis=1)
+    border = (0, size[0] - enlarged.shape[0]), (0, size[1] - enlarged.shape[1])
+    return np.pad(enlarged, border, constant_values=VOID)
 
 
-def score(
-    outputs: Outputs, ids: Sequence[str]
-) -> tuple[dict[str, dict], dict[str, dict[str, np.ndarray]]]:
-    """Score every prediction on images that have a mask.
+def score(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Score every prediction on images that have a mask, on the pixels that both label.
 
-    Returns the figures of voc12.evaluate by prediction, with "labelled", the pixels that it labels
-    in per cent of those that the masks label (others do not count); and the IoU of each label by
-    image and prediction, in 0..1, NaN where the label is absent.
+    Returns the figures of voc12.evaluate by prediction, with "labelled", these pixels in per cent
+    of the masks'; and each label's IoU in per cent by image and prediction, NaN if it is absent.
     """
     pixels, confusion, iou = 0, {}, {}
     class_names = outputs.devkit.class_names
@@ -123,7 +110,7 @@ def score(
             mask = np.where(label == VOID, VOID, example.mask)
             counts = confusion_matrix(mask, label, len(class_names) + 1)
             confusion[name] = confusion.get(name, 0) + counts
-            iou[example.image_id][name] = intersection_over_union(counts)
+            iou[example.image_id][name] = 100 * intersection_over_union(counts)
     results = {
         name: figures(counts, len(ids), class_names) | {"labelled": 100 * counts.sum() / pixels}
         for name, counts in confusion.items()
@@ -135,8 +122,7 @@ def score(
 def choose(iou: Mapping[str, float], count: int) -> list[str]:
     """``count`` images, worst first: a third the worst, a third the best, the rest evenly between.
 
-    ``iou`` is by image id, in the order of the list. Images without a score (NaN) come last, evenly
-    from the list, if there are too few others.
+    Images without a score (NaN) come last, evenly from the list, if there are too few others.
     """
     scored = sorted((image_id for image_id in iou if not math.isnan(iou[image_id])), key=iou.get)
     unscored = [image_id for image_id in iou if math.isnan(iou[image_id])]
@@ -161,12 +147,13 @@ def read_log(path: str | os.PathLike) -> dict[str, np.ndarray]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         losses = {}
-        for name in [name for name in (rows or [{}])[0] if name not in LOG_COLUMNS]:
+        for name in rows[0] if rows else ():
             points = np.array([(row["step"], row[name] or "nan") for row in rows], np.float64)
-            losses[name] = points[np.isfinite(points).all(axis=1)]
+            points = points[np.isfinite(points).all(axis=1)]
+            if len(points) and name not in ("step", "epoch", "lr", "images_per_second"):
+                losses[name] = points
     except (KeyError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: not a table of losses over a column step ({error}).") from error
-    losses = {name: points for name, points in losses.items() if len(points)}
     if not losses:
         raise DataError(f"{path}: holds no loss; train_cls.py and train_aff.py write one a column.")
     return losses

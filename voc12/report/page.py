@@ -3,7 +3,7 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,10 @@ from voc12.evaluate import Scorer, sweep, sweep_figures, sweep_plot
 from voc12.report import pictures
 from voc12.report.data import CAM, Example, Outputs, choose, read_log, score
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PLOT_STYLE = (
-    *("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind"),
-    # Equal runs give equal bytes.
-    {"svg.hashsalt": "voc12.report", "savefig.transparent": True, "text.parse_math": False},
-)
-# Of a map from 0 to 1, uint8 256 x 3: perceptually even, also without colour vision.
-HEAT_COLOURS = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
-MAX_POINTS = 400  # of a curve; of more, neighbours are averaged
+# The salt makes equal runs give equal bytes.
+PLOT_OPTIONS = {"savefig.transparent": True, "grid.alpha": 0.3, "svg.hashsalt": "voc12.report"}
+PLOT_STYLE = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", PLOT_OPTIONS)
+HEAT_COLOURS = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # uint8 256 x 3
 
 
 def page(
@@ -41,28 +36,25 @@ def page(
     results, iou = score(outputs, masked)
     columns = {f"IoU, {name}": result["per_class"] for name, result in results.items()}
     columns |= {key: last(results)[key] for key in ("precision", "recall") if results}
-    best, curves = sweep_cams(outputs, masked) if CAM in results else ({}, {})
-    curves |= {f"losses of {path}": svg_uri(loss_plot, read) for path, read in losses.items()}
-    ranking = {image_id: mean_percent(last(iou.get(image_id, {}))) for image_id in ids}
+    with matplotlib.style.context(PLOT_STYLE):
+        best, curves = sweep_cams(outputs, masked) if CAM in results else ({}, {})
+        curves |= {f"losses of {path}": svg_uri(loss_plot(read)) for path, read in losses.items()}
+    ranking = {image_id: mean(last(iou.get(image_id, {}))) for image_id in ids}
     cards = [
         card(outputs.load(image_id), iou.get(image_id, {}), names)
         for image_id in cli.progress(choose(ranking, num_shown), "pictures")
     ]
-    template = jinja2.Template(
-        TEMPLATE.read_text(encoding="utf-8"),
-        autoescape=True,  # ids and class names may be anybody's
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Template(source, autoescape=True, **options)  # names may be anybody's
     html = template.render(
         percent=percent,
         list_path=Path(list_path),
         num_images=len(ids),
         num_masked=len(masked),
         background_score=BACKGROUND_SCORE,
-        results=results | best,
-        class_columns=list(columns),
+        score_rows={title: score_row(result) for title, result in (results | best).items()},
+        class_columns=["class", *columns],
         class_rows={name: [column[name] for column in columns.values()] for name in names},
         curves=curves,
         legend={"void or ignored": (0, 0, 0)} | pictures.DIFFERENCES,
@@ -72,6 +64,13 @@ def page(
         cards=cards,
     )
     return html.encode()
+
+
+def score_row(result: Mapping) -> list[float]:
+    """What the table of scores shows of a prediction's figures."""
+    background = result["background"]
+    errors = [background[f"false_{kind}_percent"] for kind in ("positives", "negatives")]
+    return [result["miou"], result["pixel_accuracy"], *errors, result.get("labelled", 100)]
 
 
 def percent(value: float | None) -> str:
@@ -84,9 +83,9 @@ def last(values: Mapping) -> Any:
     return next(reversed(values.values()), None)
 
 
-def mean_percent(iou: np.ndarray | None) -> float:
-    """An image's mean IoU in per cent over the labels that occur; NaN if there is none."""
-    return math.nan if iou is None or np.isnan(iou).all() else 100 * float(np.nanmean(iou))
+def mean(iou: np.ndarray | None) -> float:
+    """An image's mean IoU over the labels that occur; NaN if there is none."""
+    return math.nan if iou is None or np.isnan(iou).all() else float(np.nanmean(iou))
 
 
 def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[str, str]]:
@@ -97,7 +96,7 @@ def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], d
         confusions = sweep(scorer, ids, kind, cli.default_num_workers())
         result = sweep_figures(kind, confusions, len(ids), devkit.class_names)
         best[f"{CAM}, best {name}: {result['best'][kind]:g}"] = result["best"]
-        curves[f"{CAM}, mIoU over the {name}"] = svg_uri(sweep_plot, result)
+        curves[f"{CAM}, mIoU over the {name}"] = svg_uri(sweep_plot(result))
     return best, curves
 
 
@@ -106,20 +105,17 @@ def loss_plot(losses: Mapping[str, np.ndarray]) -> Figure:
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     for name, points in losses.items():
-        parts = np.array_split(points, min(len(points), MAX_POINTS))
-        axes.plot(*np.array([part.mean(axis=0) for part in parts]).T, label=name)
+        axes.plot(*points.T, label=name)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend(ncols=2)
     return figure
 
 
-def svg_uri(plot: Callable[..., Figure], *args) -> str:
-    """The figure that ``plot(*args)`` draws in the page's style, as a data URI."""
+def svg_uri(figure: Figure) -> str:
+    """The figure in the size of the page's plots, as a data URI."""
     buffer = io.BytesIO()
-    with matplotlib.style.context(PLOT_STYLE):
-        figure = plot(*args)
-        figure.set_size_inches(5.4, 2.9)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.set_size_inches(5.4, 2.9)
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return pictures.data_uri("image/svg+xml", buffer.getvalue())
 
 
@@ -139,12 +135,9 @@ def card(example: Example, iou: Mapping[str, np.ndarray], names: Sequence[str]) 
         "size": example.photograph.size,
         "photograph": pictures.image_uri(example.photograph),
         "panels": {title: pictures.image_uri(layer) for title, layer in layers.items()},
-        "means": {name: mean_percent(values) for name, values in iou.items()},
-        "mean": mean_percent(label_iou),
-        "labels": {
-            int(label): math.nan if label_iou is None else 100 * label_iou[label]
-            for label in sorted(labels - {0, VOID})
-        },
+        "means": [f"{name} {percent(mean(values))}" for name, values in iou.items()],
+        "mean": mean(label_iou),
+        "labels": {int(k): label_iou[k] if iou else math.nan for k in sorted(labels - {0, VOID})},
     }
 
 
@@ -153,10 +146,8 @@ def sheet(examples: Iterable[Example]) -> bytes:
     rows = []
     for example in examples:
         gray = example.photograph.convert("L").convert("RGB")
-        heat = [
-            pictures.heat_layer(values, pictures.CLASS_COLOURS[k + 1])
-            for k, values in example.cams.items()
-        ]
+        colours = pictures.CLASS_COLOURS[1:]
+        heat = [pictures.heat_layer(cam, colours[k]) for k, cam in example.cams.items()]
         layers = {"class activation maps": heat} if CAM in example.predictions else {}
         layers |= {title: [pictures.label_layer(label)] for title, label in example.labels.items()}
         row = [pictures.panel(gray, title, over) for title, over in layers.items()]

@@ -20,17 +20,13 @@ DIFFERENCES = {
     "too much": (230, 159, 0),
     "wrong class": (204, 121, 167),
 }
-LABEL_OPACITY = 0.7
-HEAT_OPACITY = 0.85  # of a map's maximum
-THUMBNAIL = 320, 320  # pixels, at most
-PANEL_WIDTH = 234  # pixels of a picture on a sheet; its height follows from the image,
-MAX_PANEL_HEIGHT = 720  # up to this: a narrow image is shown wider than it is
+PANEL_WIDTH = 234  # pixels of a picture on a sheet; its height follows from the image
 MARGIN, CAPTION_HEIGHT = 6, 20  # pixels beside it and above it
 
 
 def label_layer(label: np.ndarray, colours: np.ndarray = CLASS_COLOURS) -> Image.Image:
-    """An index image in the colours uint8 256 x 3; 0 is invisible, void black."""
-    rgba = np.insert(colours, 3, round(255 * LABEL_OPACITY), axis=1)
+    """An index image in the colours uint8 256 x 3, opaque to 70 %; 0 is invisible, void black."""
+    rgba = np.insert(colours, 3, round(255 * 0.7), axis=1)
     rgba[0], rgba[VOID] = 0, (0, 0, 0, 255)
     layer = Image.fromarray(label)
     layer.putpalette(rgba.tobytes(), "RGBA")
@@ -52,13 +48,13 @@ def difference_layer(mask: np.ndarray, prediction: np.ndarray) -> Image.Image:
 
 
 def heat_layer(values: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """A map, float H x W in 0..1, the more opaque the higher its values; 0 is invisible.
+    """A map, float H x W in 0..1, the more opaque the higher its values: from 0 to 85 %.
 
     ``colours`` is uint8 256 x 3, those from 0 to 1, or one RGB colour, uint8 3.
     """
     rgba = np.empty((256, 4), np.uint8)
     rgba[:, :3] = colours
-    rgba[:, 3] = np.linspace(0, 255 * HEAT_OPACITY, 256).round()
+    rgba[:, 3] = np.linspace(0, 255 * 0.85, 256).round()
     layer = Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
     layer.putpalette(rgba.tobytes(), "RGBA")
     return layer
@@ -68,7 +64,7 @@ def image_uri(image: Image.Image) -> str:
     """A small JPEG of an RGB photograph, or a small PNG of a layer, as a data URI."""
     kind = "PNG" if image.mode == "P" else "JPEG"
     small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail(THUMBNAIL)
+    small.thumbnail((320, 320))
     small.save(buffer, kind, optimize=True)
     return data_uri(f"image/{kind.lower()}", buffer.getvalue())
 
@@ -82,7 +78,7 @@ def panel(picture: Image.Image, caption: str, layers: Iterable[Image.Image] = ()
     """An RGB picture in the width of a panel, with layers over it and a caption above it."""
     for layer in layers:
         picture = Image.alpha_composite(picture.convert("RGBA"), layer.convert("RGBA"))
-    height = min(max(1, PANEL_WIDTH * picture.height // picture.width), MAX_PANEL_HEIGHT)
+    height = max(1, PANEL_WIDTH * picture.height // picture.width)
     drawn = Image.new("RGB", (PANEL_WIDTH + MARGIN, CAPTION_HEIGHT + height + MARGIN), "white")
     drawn.paste(picture.resize((PANEL_WIDTH, height)), (0, CAPTION_HEIGHT))
     ImageDraw.Draw(drawn).text((4, 2), caption, fill="black", font_size=13)
