@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 import io
 import os
-import pickle
-import re
 import shlex
 import sys
 import traceback
@@ -132,12 +130,6 @@ def npy(payload: bytes, shape: tuple = (), descr: str = "|O") -> bytes:
     file, header = io.BytesIO(), {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue() + payload
-
-
-def dict_pickle(content: dict, protocol: int, core: bytes | None = None) -> bytes:
-    """The pickle of a dict in numpy.save's form; ``core`` replaces NumPy's module name in it."""
-    pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
-    return pickled if core is None else re.sub(rb"numpy\._?core", core, pickled)
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -13,17 +13,14 @@ from helpers import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from weight_files import Calls, damaged
 
-from tool.safe_pickle import ForbiddenError, read_pickle
+from tool.safe_pickle import read_pickle
 
 KEYS = st.one_of(st.text(max_size=5), st.integers(-(2**63), 2**63 - 1))
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(KEYS, inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner),
     max_leaves=12,
 )
 ARRAYS = hnp.arrays(
@@ -33,23 +30,13 @@ ARRAYS = hnp.arrays(
 PROTOCOLS = (2, 3, 4, 5)
 
 
-class Calls:
-    """Pickled as a call: reading it with pickle.load calls ``function(*arguments)``."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.reduced = (function, arguments, state)
-
-    def __reduce__(self):
-        return self.reduced
-
-
 # ---- round trips ----
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
 @given(content=PLAIN)
-def test_plain_values_come_back(protocol, content):
-    assert read_pickle(pickle.dumps(content, protocol)) == content
+def test_plain_values_come_back(content):
+    for protocol in PROTOCOLS:
+        assert read_pickle(pickle.dumps(content, protocol)) == content
 
 
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"], ids=["NumPy 1", "NumPy 2"])
@@ -75,15 +62,6 @@ def test_numbers_of_numpy_and_arrays_of_objects_come_back(protocol):
     assert found[3].tolist() == [None, "text", 2]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_occurs_in_several_places_is_one_object(protocol):
-    # More than 256 of them: from there on, the memo's indices take four bytes.
-    items = [[k, "text"] for k in range(300)] + [np.full(3, k, np.float32) for k in range(9)]
-    first, second = read_pickle(pickle.dumps((items, items[::-1]), protocol))
-    assert all(a is b for a, b in zip(first, second[::-1], strict=True))
-    assert first[-1].tolist() == [8, 8, 8]
-
-
 def test_bytes_of_python_2_are_text_or_an_arrays_content():
     content = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     state = b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xff"
@@ -94,76 +72,44 @@ def test_bytes_of_python_2_are_text_or_an_arrays_content():
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {c: 1}, lambda c: np.array([c], object)])
-@pytest.mark.parametrize(
-    ("function", "argument"),
-    [(eval, "open({!r}, 'w')"), (os.system, "touch {!r}"), (os.mkdir, "{}"), (open, "{}")],
-)
-def test_a_call_is_refused_and_not_executed(function, argument, wrap, protocol, tmp_path):
-    call = Calls(function, argument.format(str(tmp_path / "executed")))
-    with pytest.raises((ForbiddenError, ValueError)) as error:
-        read_pickle(pickle.dumps(wrap(call), protocol))
-    if protocol >= 2:
-        assert str(error.value).endswith(function.__name__)
-    assert not list(tmp_path.iterdir())
+THINGS = (eval, os.system, os.mkdir, open, getattr, __import__, np.load, pickle.loads, Path, print)
 
 
-@pytest.mark.parametrize(
-    "function", [getattr, __import__, np.load, np.fromfile, pickle.loads, Path, bytearray, print]
-)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_nothing_but_arrays_may_be_named(function, protocol):
-    # Not even called: naming it is enough.
-    with pytest.raises(ForbiddenError):
-        read_pickle(pickle.dumps({0: function}, protocol))
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {c: 1}, lambda c: np.array([c], object)])
+@pytest.mark.parametrize("function", THINGS)
+def test_only_arrays_may_be_named_and_nothing_is_called(function, wrap, protocol, tmp_path):
+    for content in (function, Calls(function, str(tmp_path / "executed"))):
+        message = rf"it wants to load \w+\.{function.__name__}, which"
+        with pytest.raises(ValueError, match=message):
+            read_pickle(pickle.dumps(wrap(content), protocol))
+    assert not list(tmp_path.iterdir())
 
 
 FORGED = {
     "INST": b"(S'touch {}'\nios\nsystem\n.",
     "OBJ": b"(cos\nsystem\nX\x02\x00\x00\x00:;o.",
     "NEWOBJ of an admitted name": b"\x80\x02cnumpy\ndtype\n)\x81.",
-    "NEWOBJ_EX": b"\x80\x04cnumpy\ndtype\n)}\x92.",
     "STACK_GLOBAL": b"\x80\x04\x8c\x05posix\x8c\x06system\x93.",
     "STACK_GLOBAL of a dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
     "name from the memo": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93.",
-    "EXT1": b"\x80\x02\x82\x01.",
-    "PERSID": b"Pobject\n.",
-    "BINPERSID": b"X\x01\x00\x00\x00aQ.",
-    "NEXT_BUFFER": b"\x80\x05\x97.",
-    "FROZENSET": b"\x80\x04(\x91.",
-    "call of an array": b"cnumpy\nndarray\n)R.",
-    "state of a value": b"N}b.",
     "state of a function": b"c_codecs\nencode\nN}X\x01\x00\x00\x00aK\x01s\x86b.",
     "state of a type": b"cnumpy\ndtype\n}b.",
     "bytes in another encoding": b"c_codecs\nencode\nX\1\0\0\0aX\5\0\0\0rot13\x86R.",
-    "fetched before it is there": b"h\x05.",
     "far memo index": b"]r\xff\xff\xff\xffj\x00\xff\xff\xff.",
     "bytes beyond the end": b"\x8e" + b"\xff" * 7 + b"\x3fabc.",
-    "text beyond the end": b"X\xff\xff\xff\x7fabc.",
-    "array of bytes beyond the end": b"\x80\x05\x96" + b"\xff" * 5 + b"\x0f\0\0abc.",
     "tuple as a key": b"}))s.",
     # Hashing it would overflow the interpreter's own stack.
     "tuples in tuples as a key": b"})" + b"\x85" * 400_000 + b"Ns.",
     "key without a value": b"}(Nu.",
-    "protocol of the future": b"\x80\x63N.",
-    "unknown operation": b"\xf0.",
-    "nothing": b"",
 }
 
 
-@pytest.mark.parametrize("name", FORGED)
-def test_forged_pickle_is_an_error(name):
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
+def test_forged_pickle_is_an_error(forged):
     with pytest.raises(Exception, match=r".") as error:
-        read_pickle(FORGED[name])
+        read_pickle(forged)
     assert not isinstance(error.value, MemoryError)
-
-
-def test_admitted_functions_stay_as_they_are():
-    # A state must not become a function's defaults.
-    data = b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN}X\x0c\x00\x00\x00__defaults__)s\x86b."
-    with pytest.raises(ValueError, match="has none"):
-        read_pickle(data)
 
 
 _EMPTY_ARRAY = np.zeros(0).__reduce__()[0]
@@ -180,21 +126,16 @@ def _array(shape, dtype, data) -> Calls:
 
 FORGED_ARRAYS = {
     "pointers as a buffer": Calls(np.ndarray, (1,), _OBJECT, b"A" * 8),
-    "fewer objects than cells": _array((3,), _OBJECT, [1]),
     "pointers as a state": _array((3,), _OBJECT, b"A" * 24),
     "pointers in a structure": _array((20,), _UNDECLARED, b"A" * 160),
     "pointers in a type's state": _array((20,), _HIDDEN, b"A" * 160),
     "fewer bytes than cells": _array((4000,), _FLOAT, b"A" * 32),
     "negative sides": _array((-2, -4), _FLOAT, b"A" * 32),
     "sides beyond any address": _array((2**62, 2**62), _FLOAT, b""),
-    "no cells of sides beyond any address": _array((0, 2**62, 2**62), _FLOAT, b""),
     "sides that are no numbers": _array((2.0, "4"), _FLOAT, b"A" * 32),
     "type of a size beyond any address": _array((0,), Calls(np.dtype, "S999999999"), b"A"),
     "pointer as a number": Calls(np.float64(1).__reduce__()[0], _OBJECT, b"A" * 8),
-    "half a number": Calls(np.float64(1).__reduce__()[0], _FLOAT, b"AB"),
-    "text of impossible characters": _array((1,), np.dtype("U1"), b"\xff" * 4),
 }
-HARMLESS = {"no cells of sides beyond any address", "text of impossible characters"}
 READ = """
 import sys
 from tool.safe_pickle import read_pickle
@@ -211,9 +152,7 @@ def test_forged_arrays_are_errors_and_no_crash(tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps(forged, 3))
     command = [sys.executable, "-c", READ, *(str(tmp_path / name) for name in FORGED_ARRAYS)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes = dict(zip(FORGED_ARRAYS, done.stdout.split(), strict=True))
-    assert {name for name, outcome in outcomes.items() if outcome == "read"} <= HARMLESS
+    assert done.stdout.split() == ["refused"] * len(FORGED_ARRAYS), done.stderr
 
 
 # ---- damage ----
@@ -235,20 +174,14 @@ SAMPLES = [
 @pytest.mark.parametrize("whole", SAMPLES, ids=PROTOCOLS)
 def test_every_truncation_is_an_error(whole):
     for length in range(len(whole)):
-        with pytest.raises((ForbiddenError, ValueError, pickle.UnpicklingError)):
+        with pytest.raises((ValueError, pickle.UnpicklingError)):
             read_pickle(whole[:length])
 
 
-@pytest.mark.parametrize("whole", SAMPLES, ids=PROTOCOLS)
-@settings(max_examples=150)
-@given(data=st.data())
-def test_changed_bytes_are_read_or_an_error(whole, data):
-    changed = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(changed) - 1))
-        new = data.draw(st.one_of(st.binary(min_size=1, max_size=5), st.just(b"\xff" * 8)))
-        changed[place : place + len(new)] = new
+@settings(max_examples=400)
+@given(data=st.sampled_from(SAMPLES).flatmap(damaged))
+def test_changed_bytes_are_read_or_an_error(data):
     try:
-        read_pickle(bytes(changed))
+        read_pickle(data)
     except Exception as error:  # whatever it is: the caller makes one sentence of it
         assert not isinstance(error, MemoryError)

@@ -8,34 +8,30 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
+from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import REPOSITORY, noise_image, run_program
+from helpers import noise_image, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 from torchvision.models import vgg
-from weight_files import caffemodel, params
+from weight_files import Calls, caffemodel, damaged, params
 
 from network import tiny_aff, tiny_cls, vgg16_cls
 from tool.run.errors import DataError, UsageError
 from tool.weights import (
-    describe,
     load_for_inference,
     load_for_training,
-    match_tensors,
     mxnet,
-    network_names,
     read_weight_file,
+    take_weights,
 )
 
 
@@ -56,7 +52,7 @@ def _classifier(seed, num_classes=20):
 
 
 def _read(path) -> dict[str, torch.Tensor]:
-    return network_names(read_weight_file(path))
+    return read_weight_file(path).found
 
 
 def _equal(first, second) -> bool:
@@ -93,48 +89,14 @@ def test_every_form_of_a_checkpoint_is_read(wrap, zipped, path, lines):
     ]
 
 
-class _Executes:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_file_with_code_is_refused_and_not_executed(zipped, path, tmp_path):
     marker = tmp_path / "executed"
-    content = {"conv1a.weight": torch.ones(1), "x": _Executes(str(marker))}
+    content = {"conv1a.weight": torch.ones(1), "x": Calls(os.mkdir, str(marker))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(DataError, match=re.escape(f"{path}: refused") + r".* posix\.mkdir"):
         _read(path)
     assert not marker.exists()
-
-
-def test_torchscript_is_named(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("constants.pkl", "data.pkl", "code/a.py", "version"):
-            archive.writestr(f"archive/{name}", b"2\n")
-    with pytest.raises(DataError, match="is a TorchScript archive"):
-        _read(path)
-
-
-@pytest.mark.parametrize(
-    "content", [torch.ones(2), [torch.ones(2)], {}, {"a": 1}, {1: torch.ones(2)}, 3]
-)
-def test_file_without_a_state_dict_is_a_data_error(content, path):
-    torch.save(content, path)
-    with pytest.raises(DataError, match="no state dict"):
-        _read(path)
-
-
-def test_missing_file_is_a_data_error_that_names_it(tmp_path, lines):
-    for missing, words in (
-        (tmp_path / "none.pth", "no such weight file"),
-        (tmp_path, "is a folder"),
-    ):
-        with pytest.raises(DataError, match=re.escape(f"{missing}: {words}")):
-            load_for_training(_classifier(1), str(missing), lines.append)
 
 
 TENSORS = {f"layer{k}.0": torch.arange(6.0 * k + 6).reshape(3, k + 1, 2, 1) for k in range(3)}
@@ -159,15 +121,10 @@ SAMPLES = _samples()
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_content_decides_the_form_of_a_file(name, tmp_path):
-    path = tmp_path / "weights.any"
-    path.write_bytes(SAMPLES[name])
-    assert _equal(read_weight_file(path).tensors, TENSORS)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_truncated_file_is_a_data_error(name, path):
+def test_content_decides_the_form_of_a_file_and_a_part_is_a_data_error(name, path):
     whole = SAMPLES[name]
+    path.write_bytes(whole)
+    assert _equal(read_weight_file(path).tensors, TENSORS)
     for length in range(0, len(whole), max(1, len(whole) // 60)):
         path.write_bytes(whole[:length])
         # Caffe's format has no end of its own: cut between two layers, it is a smaller model.
@@ -179,12 +136,7 @@ def test_truncated_file_is_a_data_error(name, path):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_changed_file_is_read_or_a_data_error(name, data, path):
-    content = bytearray(SAMPLES[name])
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(content) - 1))
-        new = data.draw(st.one_of(st.binary(min_size=1, max_size=5), st.just(bytes(8))))
-        content[start : start + len(new)] = new
-    path.write_bytes(content)
+    path.write_bytes(data.draw(damaged(SAMPLES[name])))
     try:
         _read(path)
     except DataError as error:
@@ -195,78 +147,63 @@ def test_changed_file_is_read_or_a_data_error(name, data, path):
 # ---- the wrong network ----
 
 
-@pytest.mark.parametrize("load", [load_for_training, load_for_inference])
+LOADS = pytest.mark.parametrize("load", [load_for_training, load_for_inference])
+
+
+@LOADS
 def test_weights_of_another_network_are_named(load, path, lines):
     with torch.device("meta"):
         net = vgg16_cls.Net()
     torch.save(_classifier(1).state_dict(), path)
-    with pytest.raises(DataError) as error:
+    message = r"looks like the tiny network classifier; --network is network\.vgg16_cls .*conv1_1"
+    with pytest.raises(DataError, match=re.escape(str(path)) + ": .*" + message):
         load(net, str(path), lines.append)
-    for part in (str(path), "the tiny network classifier", "network.vgg16_cls", "conv1_1.weight"):
-        assert part in str(error.value)
     assert lines == []
 
 
-@pytest.mark.parametrize("load", [load_for_training, load_for_inference])
-def test_missing_or_misshapen_backbone_tensor_is_a_data_error(load, path, lines):
-    net = _classifier(1)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    state = _classifier(2).state_dict()
-    whole = state["trunk3.weight"]
-    for change in (None, whole[:5]):
-        state["trunk3.weight"] = change
-        torch.save({k: v for k, v in state.items() if v is not None}, path)
-        with pytest.raises(DataError, match=r"First differences: trunk3\.weight"):
-            load(net, str(path), lines.append)
-    assert _equal(net.state_dict(), before)
-
-
-def test_networks_are_recognized_by_their_names():
-    assert describe(["conv5_3.weight", "fc8.weight"]) == "VGG-16 classifier"
-    assert describe(["b7.conv_branch2b2.weight", "f9.weight"]) == "ResNet-38 AffinityNet"
-    assert describe(["layer4.weight"]) == "no network of this project"
+@LOADS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: {}, r"First differences: trunk3\.weight missing"),
+        (lambda whole: {"trunk3.weight": whole[:5]}, r"First differences: trunk3\.weight \(5, "),
+        (lambda whole: {"trunk3.weight": whole / 0}, r"trunk3\.weight has values that are not fin"),
+    ],
+    ids=["missing", "misshapen", "not finite"],
+)
+def test_unusable_backbone_tensor_is_a_data_error(change, message, load, path, lines):
+    net, state = _classifier(1), _classifier(2).state_dict()
+    torch.save(state | change(state.pop("trunk3.weight")), path)
+    with pytest.raises(DataError, match=message):
+        load(net, str(path), lines.append)
+    assert _equal(net.state_dict(), _classifier(1).state_dict())
 
 
 # ---- what may be missing ----
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "problem"),
-    [
-        (None, "fc8.weight missing"),
-        (1000, "fc8.weight (1000, 128, 1, 1) instead of (20, 128, 1, 1)"),
-    ],
-)
-def test_head_may_be_missing_or_of_other_classes_for_training_only(
-    num_classes, problem, path, lines
-):
-    source, net = _classifier(1, num_classes or 20), _classifier(2)
-    fresh = net.fc8.weight.clone()
-    state = source.state_dict()
-    if num_classes is None:
-        del state["fc8.weight"]
-    torch.save(state, path)
+HEADS = {
+    "fc8.weight missing": {},
+    "fc8.weight (7, 128, 1, 1) instead of (20, 128, 1, 1)": {
+        "fc8.weight": torch.ones(7, 128, 1, 1)
+    },
+}
+
+
+@pytest.mark.parametrize("problem", HEADS)
+def test_head_may_be_missing_or_of_other_classes_for_training_only(problem, path, lines):
+    net, trunk = _classifier(2), _classifier(1).state_dict()
+    del trunk["fc8.weight"]
+    torch.save(trunk | HEADS[problem], path)
     load_for_training(net, str(path), lines.append)
-    assert torch.equal(net.fc8.weight, fresh)
-    assert torch.equal(net.trunk4.weight, source.trunk4.weight)
+    fresh = {"fc8.weight": _classifier(2).fc8.weight}
+    assert _equal(net.state_dict(), trunk | fresh)
     assert "random initialization: fc8.weight" in lines
     with pytest.raises(DataError, match=re.escape(problem)):
         load_for_inference(net, str(path), lines.append)
 
 
-def test_classifier_weights_start_an_affinity_net(path, lines):
-    source, net = _classifier(1), tiny_aff.Net()
-    head = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("trunk")}
-    torch.save(source.state_dict(), path)
-    load_for_training(net, str(path), lines.append)
-    state = net.state_dict()
-    trunk = {k: v for k, v in source.state_dict().items() if k.startswith("trunk")}
-    assert all(torch.equal(state[name], value) for name, value in {**trunk, **head}.items())
-    assert "unused: fc8.weight" in lines
-    assert f"random initialization: {', '.join(head)}" in lines
-
-
-@pytest.mark.parametrize("load", [load_for_training, load_for_inference])
+@LOADS
 def test_none_leaves_every_tensor_fresh_and_warns(load, lines, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("none").write_text("not looked at")
@@ -276,25 +213,19 @@ def test_none_leaves_every_tensor_fresh_and_warns(load, lines, tmp_path, monkeyp
     assert [line[:23] for line in lines] == ["WARNING: --weights none"]
 
 
-@pytest.mark.parametrize("load", [load_for_training, load_for_inference])
-def test_weights_that_are_not_finite_are_refused(load, path, lines):
-    state = _classifier(0).state_dict()
-    state["trunk3.weight"][0, 0, 0, 0] = float("nan")
-    torch.save(state, path)
-    net = _classifier(1)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(DataError, match=r"trunk3\.weight has values that are not finite"):
-        load(net, str(path), lines.append)
-    assert _equal(net.state_dict(), before)
-
-
 # ---- names and shapes as published ----
 
-NETWORKS = ("vgg16_cls", "vgg16_aff", "resnet38_cls", "resnet38_aff")
+NETWORKS = {
+    "vgg16_cls": "VGG-16 classifier",
+    "vgg16_aff": "VGG-16 AffinityNet",
+    "resnet38_cls": "ResNet-38 classifier",
+    "resnet38_aff": "ResNet-38 AffinityNet",
+}
 
 
-def _meta(shapes: dict) -> dict[str, torch.Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+def _zeros(shapes: dict) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that take no memory."""
+    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
 
 
 def _without_memory(name: str) -> nn.Module:
@@ -304,31 +235,31 @@ def _without_memory(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("counters", [True, False], ids=["", "PyTorch 0.4"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_published_names_and_shapes_are_all_that_is_wanted(name, counters, golden):
+def test_published_names_and_shapes_are_all_that_is_wanted(name, counters, golden, lines):
     net = _without_memory(name)
     shapes = golden("meta")[f"{name}.state_dict"]
-    found = _meta({k: v for k, v in shapes.items() if counters or "num_batches" not in k})
-    match = match_tensors(net, found, ())
-    assert match.taken.keys() == found.keys()
-    assert match.fresh == match.unused == []
+    found = _zeros({k: v for k, v in shapes.items() if counters or "num_batches" not in k})
+    assert take_weights(net, "a.pth", found, (), lines.append).keys() == found.keys()
+    first = f"weights: {len(found)} tensors taken from a.pth ({NETWORKS[name]})"
+    assert lines == [first, "random initialization: none", "unused: none"]
     if counters:
         net.load_state_dict(found, strict=True, assign=True)
     missing = list(shapes)[1]  # a bias, or a statistic of batch norm
     del found[missing]
-    with pytest.raises(ValueError, match=f"{re.escape(missing)} missing"):
-        match_tensors(net, found, ())
+    with pytest.raises(DataError, match=f"a.pth: .*{re.escape(missing)} missing"):
+        take_weights(net, "a.pth", found, (), lines.append)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_backbone_starts_both_networks(name, golden):
+def test_backbone_starts_both_networks(name, golden, lines):
     net = _without_memory(name)
     other = name[:-3] + {"cls": "aff", "aff": "cls"}[name[-3:]]
-    match = match_tensors(net, _meta(golden("meta")[f"{other}.state_dict"]), net.new_layers)
-    assert {key.partition(".")[0] for key in match.fresh} == set(net.new_layers)
-    assert {key.partition(".")[0] for key in match.unused} <= {"fc8", "f9", *_LEVEL_LAYERS}
-
-
-_LEVEL_LAYERS = [f"{kind}8_{level}" for kind in ("f", "gn") for level in (3, 4, 5)]
+    found = _zeros(golden("meta")[f"{other}.state_dict"])
+    taken = take_weights(net, "a.pth", found, net.new_layers, lines.append)
+    fresh = lines[1].removeprefix("random initialization: ").split(", ")
+    assert {key.partition(".")[0] for key in fresh} == set(net.new_layers)
+    unused = {key.partition(".")[0] for key in found.keys() - taken.keys()}
+    assert unused <= set(_without_memory(other).new_layers)
 
 
 # ---- other forms ----
@@ -337,22 +268,14 @@ _LEVEL_LAYERS = [f"{kind}8_{level}" for kind in ("f", "gn") for level in (3, 4, 
 def _mxnet_name(name: str) -> str:
     """The original's name of one of ResNet-38's tensors: b4_5.bn_branch2a.weight, ..."""
     module, _, kind = name.rpartition(".")
-    if module in ("conv1a", "bn7"):
-        layer = module
-    else:
-        block, branch = module.split(".")
-        stage, _, index = block[1:].partition("_")
-        kind_of_layer, branch = branch.split("_")
-        layer = {"conv": "res", "bn": "bn"}[kind_of_layer] + stage
-        layer += (f"b{index}" if index else "a") + f"_{branch}"
-    if "conv" in module:
-        return f"arg:{layer}_weight"
-    return {
-        "weight": f"arg:{layer}_gamma",
-        "bias": f"arg:{layer}_beta",
-        "running_mean": f"aux:{layer}_moving_mean",
-        "running_var": f"aux:{layer}_moving_var",
-    }[kind]
+    block = re.fullmatch(r"b(\d)(?:_(\d+))?\.(conv|bn)_(branch\w+)", module)
+    if block:
+        stage, index, layer, branch = block.groups()
+        layer = {"conv": "res", "bn": "bn"}[layer]
+        module = f"{layer}{stage}{f'b{index}' if index else 'a'}_{branch}"
+    kinds = {"running_mean": "moving_mean", "running_var": "moving_var", "bias": "beta"}
+    kinds["weight"] = "weight" if module.startswith(("conv", "res")) else "gamma"
+    return f"{'aux' if 'running' in kind else 'arg'}:{module}_{kinds[kind]}"
 
 
 def test_names_of_the_original_files():
@@ -373,32 +296,30 @@ def test_names_of_the_original_files():
 
 
 @pytest.mark.parametrize("name", ["resnet38_cls", "resnet38_aff"])
-def test_original_resnet38_names_start_both_networks(name, golden):
+def test_original_resnet38_names_start_both_networks(name, golden, lines):
     shapes = golden("meta")["resnet38_cls.state_dict"]
     backbone = [key for key in shapes if key != "fc8.weight" and "num_batches" not in key]
     theirs = {_mxnet_name(key): shapes[key] for key in backbone}
-    found = {mxnet.network_name(key): value for key, value in _meta(theirs).items()}
+    found = {mxnet.network_name(key): value for key, value in _zeros(theirs).items()}
     net = _without_memory(name)
-    match = match_tensors(net, {**found, "arg:linear1000_bias": torch.ones(1000)}, net.new_layers)
-    assert match.taken.keys() == found.keys()
-    assert match.unused == ["arg:linear1000_bias"]
+    found_and_head = {**found, "arg:linear1000_bias": torch.ones(1000)}
+    taken = take_weights(net, "a.params", found_and_head, net.new_layers, lines.append)
+    assert taken.keys() == found.keys()
+    assert lines[2] == "unused: arg:linear1000_bias"
 
 
-def test_caffe_blobs_of_four_sides_take_the_networks_shapes(tmp_path, lines):
-    source, net = _classifier(1), _classifier(2)
+def test_caffe_blobs_of_four_sides_take_the_networks_shapes(path, lines):
+    source = _classifier(1)
     blobs = {
         name.replace(".weight", ".0").replace(".bias", ".1"): value.numpy()
         for name, value in source.state_dict().items()
     }
-    path = tmp_path / "tiny.caffemodel"
-    path.write_bytes(caffemodel(blobs, legacy=True))
-    load_for_inference(net, str(path), lines.append)
-    assert _equal(net.state_dict(), source.state_dict())
-    # The inner product that a 1 x 1 convolution is
-    blobs["fc8.0"] = blobs["fc8.0"].reshape(20, 128)
-    path.write_bytes(caffemodel(blobs, legacy=False))
-    load_for_inference(net, str(path), lines.append)
-    assert _equal(net.state_dict(), source.state_dict())
+    inner_product = {"fc8.0": blobs["fc8.0"].reshape(20, 128)}  # that a 1 x 1 convolution is
+    for content in (caffemodel(blobs, legacy=True), caffemodel(blobs | inner_product, False)):
+        net = _classifier(2)
+        path.write_bytes(content)
+        load_for_inference(net, str(path), lines.append)
+        assert _equal(net.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -407,22 +328,22 @@ def test_caffe_blobs_of_four_sides_take_the_networks_shapes(tmp_path, lines):
         (b"", "empty"),
         (b"\n<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(90), "HDF5"),
-        (b"\x93NUMPY\x01\x00", "NumPy"),
         (b"\x1f\x8b\x08\x00", "archive"),
         (bytes(257) + b"ustar\x0000", "archive"),
-        (b"\x08\x07\x12\x07pytorch\x1a\x03", "ONNX"),
-        (b'{"nodes": []}', "JSON"),
-        (b'name: "VGG"\nlayers {', "description of a network"),
-        (b"hello", "neither"),
-        (b"PK\x03\x04broken", "not a readable"),
-        (b"\x80\x02}q\x00", "not a readable"),
+        (b'name: "VGG"\nlayers {', "neither"),
         (pickle.dumps({"a": 1}, 2), "not a readable"),
         (b"\x0a\x03net", "no weights"),
+        ({}, "no weights"),
+        ([torch.ones(2)], "no state dict"),
+        ({"a": torch.ones(2), "b": 1}, "no state dict"),
+        ({1: torch.ones(2)}, "no state dict"),
     ],
 )
 def test_what_is_no_weight_file_is_named(content, words, path):
-    path.write_bytes(content)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
     with pytest.raises(DataError, match=words) as error:
         _read(path)
     assert str(error.value).startswith(f"{path}: ")
@@ -435,12 +356,8 @@ def test_what_is_no_weight_file_is_named(content, words, path):
 def hub(tmp_path, monkeypatch):
     """A folder of our own for torchvision's downloads, from which nothing can be downloaded."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", _unreachable)
+    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=URLError("no network here")))
     return tmp_path / "checkpoints" / "vgg16_features-amdegroot-88682ab5.pth"
-
-
-def _unreachable(*_args, **_kwargs):
-    raise URLError("no network here")
 
 
 @pytest.mark.slow
@@ -451,7 +368,8 @@ def test_imagenet_gives_torchvisions_features(hub, lines):
     for convolution in convolutions:
         nn.init.normal_(convolution.bias)
     hub.parent.mkdir()
-    torch.save({f"features.{key}": v for key, v in features.state_dict().items()}, hub)
+    state = {f"features.{key}": v for key, v in features.state_dict().items()}
+    torch.save(state | {"classifier.0.weight": torch.tensor(torch.nan)}, hub)
     net = vgg16_cls.Net()
     load_for_training(net, "imagenet", lines.append)
 
@@ -481,14 +399,11 @@ def test_imagenet_is_for_training_of_vgg16_only(lines):
         load_for_inference(_without_memory("vgg16_cls"), "imagenet", lines.append)
 
 
-@pytest.mark.parametrize("damaged", [None, b"", b"<html>", "other"])
-def test_failed_download_says_where_the_file_can_be_put(damaged, hub, lines):
-    if damaged is not None:
+@pytest.mark.parametrize("content", [None, b"", b"<html>"])
+def test_failed_download_says_where_the_file_can_be_put(content, hub, lines):
+    if content is not None:
         hub.parent.mkdir()
-    if isinstance(damaged, bytes):
-        hub.write_bytes(damaged)
-    elif damaged == "other":
-        torch.save({"features.0.weight": torch.ones(2)}, hub)
+        hub.write_bytes(content)
     with pytest.raises(DataError) as error:
         load_for_training(_without_memory("vgg16_cls"), "imagenet", lines.append)
     url = vgg.VGG16_Weights.IMAGENET1K_FEATURES.url
@@ -500,10 +415,6 @@ def test_failed_download_says_where_the_file_can_be_put(damaged, hub, lines):
 # ---- the tool ----
 
 
-def _tool(command, folder):
-    return run_program(f"tool.weights.__main__ {command}", folder)
-
-
 def test_show_lists_names_shapes_types_and_hashes(tmp_path):
     state = {
         "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3).t(),
@@ -511,29 +422,27 @@ def test_show_lists_names_shapes_types_and_hashes(tmp_path):
         "c": torch.ones(2).bfloat16(),
     }
     torch.save(state, tmp_path / "a.pth")
-    outcome = _tool("show a.pth --json a.json", tmp_path).check()
+    outcome = run_program("tool.weights show a.pth --json a.json", tmp_path).check()
     raw = {
-        "a.weight": np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes(),
-        "b": (7).to_bytes(8, "little"),
-        "c": b"\x80\x3f" * 2,
+        "a.weight": ([3, 2], "float32", np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes()),
+        "b": ([], "int64", (7).to_bytes(8, "little")),
+        "c": ([2], "bfloat16", b"\x80\x3f" * 2),
     }
-    hashes = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in raw.items()}
-    assert json.loads((tmp_path / "a.json").read_text()) == {
-        "a.weight": {"shape": [3, 2], "dtype": "float32", "sha256": hashes["a.weight"]},
-        "b": {"shape": [], "dtype": "int64", "sha256": hashes["b"]},
-        "c": {"shape": [2], "dtype": "bfloat16", "sha256": hashes["c"]},
+    expected = {
+        name: {"shape": shape, "dtype": dtype, "sha256": hashlib.sha256(content).hexdigest()[:16]}
+        for name, (shape, dtype, content) in raw.items()
     }
-    first, *lines = outcome.out.splitlines()
-    assert "PyTorch state dict, 3 tensors, 9 values" in first
-    assert lines[0].split() == ["a.weight", "3", "x", "2", "float32", hashes["a.weight"]]
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
+    assert "PyTorch state dict, 3 tensors, 9 values" in outcome.out
+    assert f"\na.weight  3 x 2  float32  {expected['a.weight']['sha256']}\n" in outcome.out
 
 
 def test_converted_file_starts_everything(tmp_path, lines):
     source = _classifier(1, num_classes=7)
     state = {f"module.{name}": value.half() for name, value in source.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth")
-    command = "convert a.pth b.pth --network network.tiny_aff"
-    outcome = _tool(command, tmp_path).check()
+    command = "tool.weights convert a.pth b.pth --network network.tiny_aff"
+    outcome = run_program(command, tmp_path).check()
     assert "written to b.pth" in outcome.out
     converted = torch.load(tmp_path / "b.pth", weights_only=True)
     wanted = {k: v.half().float() for k, v in source.state_dict().items() if k != "fc8.weight"}
@@ -541,21 +450,3 @@ def test_converted_file_starts_everything(tmp_path, lines):
     for net in (tiny_cls.Net(), tiny_aff.Net()):
         load_for_training(net, str(tmp_path / "b.pth"), lines.append)
         assert torch.equal(net.trunk4.weight, wanted["trunk4.weight"])
-
-
-def test_file_of_another_network_is_not_converted(tmp_path):
-    torch.save(_classifier(1).state_dict(), tmp_path / "a.pth")
-    command = "convert a.pth b.pth --network network.vgg16_cls"
-    _tool(command, tmp_path).assert_failed(1, "a.pth", "the tiny network", "conv1_1.weight")
-    assert not (tmp_path / "b.pth").exists()
-
-
-def test_importing_a_network_loads_no_reader_of_files():
-    program = """
-import sys, network.vgg16_cls
-print(*sorted(sys.modules))
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    readers = {"tool.maps", "tool.weights", "tool.run", "voc12", "PIL", "safetensors"}
-    assert not readers & set(done.stdout.split())

@@ -1,12 +1,12 @@
-"""Writers of the weight files that the readers are tested with: Caffe's and MXNet's generations."""
+"""Writers of files that readers are tested with: Caffe's and MXNet's, forged and damaged ones."""
 
 import struct
 
 import numpy as np
+from hypothesis import strategies as st
 
 MAGICS = {"V1": 0xF993FAC8, "V2": 0xF993FAC9, "V3": 0xF993FACA}
 TYPE_NUMBERS = {"f4": 0, "f8": 1, "f2": 2, "u1": 3, "i4": 4, "i1": 5, "i8": 6}
-CAFFE_FORMS = ("packed", "unpacked", "double", "unpacked double")
 
 
 def varint(value: int) -> bytes:
@@ -27,7 +27,7 @@ def bytes_field(number: int, content: bytes) -> bytes:
 
 
 def blob_message(array: np.ndarray, legacy: bool, form: str = "packed") -> bytes:
-    """A BlobProto, with the old generation's four sides or a BlobShape."""
+    """A BlobProto of (un)packed floats or doubles, with the old generation's four sides or not."""
     if legacy:
         sides = (1,) * (4 - array.ndim) + array.shape
         shape = b"".join(number_field(index, side) for index, side in enumerate(sides, start=1))
@@ -74,3 +74,25 @@ def params(arrays: dict[str, np.ndarray], version: str = "V2", named: bool = Tru
     parts.append(struct.pack("<Q", len(names)))
     parts += [struct.pack("<Q", len(name)) + name.encode() for name in names]
     return b"".join(parts)
+
+
+class Calls:
+    """Pickled as a call: reading it with pickle.load calls ``function(*arguments)``."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.reduced = (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@st.composite
+def damaged(draw, whole: bytes) -> bytes:
+    """The bytes with up to three changed places."""
+    changed = bytearray(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(changed) - 1))
+        extremes = st.sampled_from([bytes(8), b"\xff" * 8])
+        new = draw(st.one_of(st.binary(min_size=1, max_size=5), extremes))
+        changed[start : start + len(new)] = new
+    return bytes(changed)

@@ -18,8 +18,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file that appears under ``path`` complete, when the block ends without an error.
 
     The bytes go to a temporary file in the same folder, which is flushed to the disk and renamed;
-    so no reader ever sees half a file and an older file stays whole until then. Missing folders
-    are created. Raises OSError as ``open`` does, always with a path.
+    an older file stays whole until then. Missing folders are created. Raises OSError with a path.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -48,10 +47,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what an ``atomic_write`` to that path left behind because its process was killed.
-
-    Nobody may be writing there at the time.
-    """
+    """Remove what a killed ``atomic_write`` to that path left; nobody may be writing there."""
     path = Path(path)
     for leftover in path.parent.glob(TEMPORARY_NAME.format(glob.escape(path.name), "*")):
         leftover.unlink()

@@ -1,9 +1,9 @@
 """Maps and index images on disk: written whole or not at all, read without running any code.
 
 *Maps* are what the stages pass on: a dict ``{class index: float32 H x W}``, one file per image, in
-one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle, which is read by
-``tool.safe_pickle``. ``.npz`` is compressed and has no pickle: a zip archive of arrays named by
-class. Wherever ``<id>.npy`` is expected, an ``<id>.npz`` may take its place (see ``maps_file``).
+one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle (see
+``tool.safe_pickle``). ``.npz`` is a compressed archive of arrays named by class. Wherever
+``<id>.npy`` is expected, an ``<id>.npz`` may take its place.
 
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
@@ -11,10 +11,8 @@ An *index image* is a uint8 H x W array of class indices, stored as a palette PN
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +20,7 @@ from PIL import Image
 from tool.files import atomic_write
 from tool.labels import voc_palette
 from tool.run.errors import DataError, reason
-from tool.safe_pickle import ForbiddenError, read_pickle
+from tool.safe_pickle import read_pickle
 
 # The forms of maps, by file name ending.
 MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
@@ -41,27 +39,37 @@ def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:
 
 
 def load_npy_dict(path: str | os.PathLike) -> dict:
-    """The dict in an ``.npy`` file, as ``save_npy_dict`` and NumPy 1 and 2 write it.
+    """The dict in an ``.npy`` file, as NumPy 1 and 2 write it; or in an ``.npz`` of maps, by class.
 
-    Raises DataError if the file is missing, damaged, holds something else than a dict, or wants
-    anything but arrays, plain containers, numbers and strings.
+    Raises DataError if the file is missing, damaged, no dict, or wants anything but arrays, plain
+    containers, numbers and strings.
     """
-    with _data_errors(path, ".npy dict"):
-        content = _read_npy_object(Path(path).read_bytes())
+    path = Path(path)
+    read = _read_npz if path.suffix == MAP_FORMATS["npz"] else _read_npy
+    try:
+        return read(path)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise DataError(f"{path}: cannot be read ({reason(error)}); write it again.") from error
+
+
+def _read_npy(path: Path) -> dict:
+    file = io.BytesIO(path.read_bytes())
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if not dtype.hasobject:
+        raise ValueError(f"it is an array of {dtype} with shape {shape}, not a dict")
+    content = read_pickle(file.read()).item()
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not a dict.")
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict")
     return {k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in content.items()}
 
 
-def _read_npy_object(data: bytes) -> Any:
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("its version is not 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != np.dtype(object) or shape != ():
-        raise ValueError(f"it is an array of {dtype} with shape {shape} instead of a dict")
-    content = read_pickle(file.read())
-    return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
+def _read_npz(path: Path) -> dict[int, np.ndarray | bytes]:
+    with np.load(path, allow_pickle=False) as archive:
+        for name in archive.files:
+            if not name.isdecimal() or str(int(name)) != name:
+                raise ValueError(f"{name[:20]!r} is not named by a class index")
+        return {int(name): archive[name] for name in archive.files}
 
 
 def save_maps(
@@ -69,7 +77,7 @@ def save_maps(
 ) -> None:
     """Write maps ``{class index: H x W}`` as float32, or float16, in the form of the path's ending.
 
-    Maps of the same name in the other form are removed after that: they would contradict.
+    Maps of the same name in the other form are removed after that: they are outdated.
     """
     path = Path(path)
     content = {int(k): np.asarray(v, dtype=dtype) for k, v in maps.items()}
@@ -78,46 +86,34 @@ def save_maps(
             np.savez_compressed(file, **{str(k): v for k, v in content.items()})
     else:
         save_npy_dict(path, content)
-    if other := _other_form(path):
-        other.unlink(missing_ok=True)
+    for suffix in set(MAP_FORMATS.values()) - {path.suffix}:
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def maps_file(path: str | os.PathLike) -> Path:
-    """The file that has the maps of ``<id>.npy``: that one, or the ``<id>.npz`` in its place.
-
-    Raises DataError if both exist.
-    """
+    """That ``<id>.npy``, or the ``<id>.npz`` in its place; raises DataError if both exist."""
     path = Path(path)
-    other = _other_form(path)
-    if other is None or not other.exists():
+    other = path.with_suffix(MAP_FORMATS["npz"])
+    if path.suffix != MAP_FORMATS["npy"] or not other.exists():
         return path
     if path.exists():
         raise DataError(f"{path}: exists as {other.name}, too; remove the outdated one.")
     return other
 
 
-def _other_form(path: Path) -> Path | None:
-    suffix = {".npy": ".npz", ".npz": ".npy"}.get(path.suffix)
-    return path.with_suffix(suffix) if suffix else None
-
-
 def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> dict:
     """Maps ``{class index: float32 H x W}``, sorted by class, of ``maps_file(path)``.
 
-    ``size`` is the (height, width) that they must have, where the caller knows it. Raises
-    DataError if the file cannot be read, or a key, a size or a value is not what maps have.
+    ``size`` is the (H, W) that they must have. Raises DataError if the file cannot be read, or
+    a key, a size or a value is not what maps have.
     """
     path = maps_file(path)
-    is_npz = path.suffix == MAP_FORMATS["npz"]
-    content = _load_npz(path) if is_npz else load_npy_dict(path)
     maps: dict[int, np.ndarray] = {}
-    for key, value in content.items():
+    for key, value in load_npy_dict(path).items():
         if isinstance(key, bool) or not isinstance(key, int | np.integer) or key < 0:
             raise DataError(f"{path}: {key!r} is not a class index; maps are keyed by class.")
         if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
-            raise DataError(
-                f"{path}: the map of class {key} is not a two-dimensional number array."
-            )
+            raise DataError(f"{path}: map of class {key} is not a two-dimensional number array.")
         maps[int(key)] = value.astype(np.float32, copy=False)
         if not np.isfinite(maps[int(key)]).all():
             raise DataError(f"{path}: the map of class {key} has values that are not finite.")
@@ -128,33 +124,6 @@ def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> d
     return dict(sorted(maps.items()))
 
 
-def _load_npz(path: Path) -> dict[int, Any]:
-    """The arrays of an ``.npz`` file by class; anything else in it as bytes."""
-    with _data_errors(path, ".npz of maps"), np.load(path, allow_pickle=False) as archive:
-        for name in archive.files:
-            if not name.isdecimal() or str(int(name)) != name:
-                raise ValueError(f"{name[:20]!r} is not named by a class index")
-        return {int(name): archive[name] for name in archive.files}
-
-
-@contextmanager
-def _data_errors(path: str | os.PathLike, kind: str) -> Iterator[None]:
-    """Turns whatever reading such a file raises into a DataError of one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except ForbiddenError as error:
-        raise DataError(
-            f"{path}: refused, because it wants to load {error}; "
-            "a file of maps or labels holds arrays and numbers only."
-        ) from error
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise DataError(
-            f"{path}: not a readable {kind} ({reason(error)}); write it again."
-        ) from error
-
-
 def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """Maps of an image of the given (H, W) as one array, float32 K x H x W, also where K is 0."""
     return np.array([*maps.values()], np.float32).reshape(len(maps), *size)
@@ -163,13 +132,12 @@ def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndar
 def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> tuple[dict, dict]:
     """CRF scores {0 background, k + 1 class k: float32 H x W} of an image with two alphas.
 
-    Raises DataError as ``load_maps`` does, for values that are no probabilities, and where the two
-    do not belong together.
+    Raises DataError as ``load_maps`` does, for values outside 0..1, and if the two do not fit.
     """
     low_path, high_path = maps_file(low_path), maps_file(high_path)
     low, high = load_maps(low_path, size), load_maps(high_path, size)
-    for path, scores in ((low_path, low), (high_path, high)):
-        require_scores(path, scores)
+    require_scores(low_path, low)
+    require_scores(high_path, high)
     if low.keys() != high.keys() or 0 not in low:
         raise DataError(
             f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
@@ -187,8 +155,7 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
 def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
     """Class activation maps {class: float32 H x W} of an image of the given (H, W).
 
-    Raises DataError as ``load_maps`` does, and for CRF scores, whose class indices are one
-    higher, or a class that the class list does not have.
+    Raises DataError as ``load_maps`` does, for CRF scores, and for a class that does not exist.
     """
     path = maps_file(path)
     maps = load_maps(path, size)
@@ -220,8 +187,6 @@ def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> N
 
 def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
     """Write an index image, uint8 H x W, as a PNG with VOC's palette; the values are unchanged."""
-    if label.dtype != np.uint8 or label.ndim != 2:
-        raise ValueError(f"an index image is uint8 H x W, not {label.dtype} {label.shape}")
     image = Image.fromarray(label)
     image.putpalette(voc_palette())  # turns gray into palette mode, indices as they are
     with atomic_write(path) as file:
@@ -229,24 +194,17 @@ def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
 
 
 def load_index_png(path: str | os.PathLike) -> np.ndarray:
-    """The class indices of a palette or 8-bit gray image: uint8 H x W.
-
-    Raises DataError if the file is missing, damaged or of another mode (then its values are
-    colours, not classes).
-    """
+    """The class indices, uint8 H x W, of a palette or 8-bit gray image; DataError for others."""
     image = open_image(path)
     if image.mode not in ("P", "L"):
-        raise DataError(
-            f"{path}: has mode {image.mode}, but an index image is palette or 8-bit gray."
-        )
+        raise DataError(f"{path}: has mode {image.mode}; an index image is palette or 8-bit gray.")
     return np.array(image)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """The (first) image in a file of one of IMAGE_FORMATS, decoded to its end, in its own mode.
 
-    Raises DataError if the file is missing, not such an image, truncated, or has more pixels than
-    ``PIL.Image.MAX_IMAGE_PIXELS``, Pillow's limit against decompression bombs.
+    Raises DataError if it is missing, damaged, or has more pixels than Pillow's limit.
     """
     try:
         with warnings.catch_warnings():

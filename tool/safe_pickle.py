@@ -19,27 +19,20 @@ import numpy as np
 from tool.run.errors import printable
 
 # What pickles of protocol 2 to 5 need for numbers, text, bytes, tuples, lists, dicts and arrays.
-OPERATIONS = re.findall(
-    r"\w+",
-    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
-    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
-    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING "
-    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD",
-)
-# Numbers, truth values, text and objects, as dtype's pickle spells them.
-_TYPE_CODE = re.compile(r"[biufcSUO?]\d{0,9}")
-
-
-class ForbiddenError(Exception):
-    """Names what a pickle wanted to load."""
+OPERATIONS = """
+    PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
 
 
 def read_pickle(data: bytes) -> Any:
     """The value of the pickle with which the bytes begin; arrays are of a subclass of ndarray.
 
-    Raises ForbiddenError if it names anything but NumPy's arrays, numbers and types; ValueError, or
-    what NumPy raises, if it is damaged or needs an operation that data does not need.
+    Raises ValueError, or what NumPy raises, if it names anything but NumPy's arrays, numbers and
+    types, has an operation that data does not need, or is damaged.
     """
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
@@ -53,7 +46,8 @@ class _DType:
     """Stands in for ``numpy.dtype``, which does not check a state."""
 
     def __init__(self, code: str, *_: Any):
-        if not _TYPE_CODE.fullmatch(code):
+        # Numbers, truth values, text and objects
+        if not re.fullmatch(r"[biufcSUO?]\d{0,9}", code):
             raise ValueError(f"it has an array of type {code[:20]!r}")
         self.dtype = np.dtype(code)
 
@@ -71,12 +65,9 @@ class _Array(np.ndarray):
         if isinstance(content, str):  # bytes that Python 2 wrote
             content = content.encode("latin1")
         container, size = (list, 1) if kind.dtype.hasobject else (bytes, kind.dtype.itemsize)
-        if not (
-            isinstance(shape, tuple)
-            and all(isinstance(side, int) and side >= 0 for side in shape)
-            and isinstance(content, container)
-            and len(content) == math.prod(shape) * size
-        ):
+        sides_are_valid = all(isinstance(side, int) and side >= 0 for side in shape)
+        is_filled = isinstance(content, container) and len(content) == math.prod(shape) * size
+        if not (sides_are_valid and is_filled):
             raise ValueError("it has an array whose shape and content do not fit")
         super().__setstate__((1, shape, kind.dtype, bool(is_fortran), content))
 
@@ -91,6 +82,13 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise ValueError(f"it has bytes in the encoding {encoding[:20]!r}")
     return text.encode("latin1")
+
+
+class _Dict(dict):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, tuple):  # hashing recurses in C without a limit
+            raise ValueError("a tuple is a key")
+        super().__setitem__(key, value)
 
 
 # What a pickle may name, and what it gets for it.
@@ -111,12 +109,13 @@ class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if pickletools.code2op[chr(code)].name in OPERATIONS
+        if pickletools.code2op[chr(code)].name in OPERATIONS.split()
     }
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in NAMES:
-            raise ForbiddenError(printable(f"{module}.{name}"[:100]))
+            wish = printable(f"{module}.{name}"[:100])
+            raise ValueError(f"it wants to load {wish}, which data does not need")
         return NAMES[f"{module}.{name}"]
 
     def load_build(self) -> None:
@@ -124,20 +123,9 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("a state is given to something that has none")
         super().load_build()
 
-    def load_setitem(self) -> None:
-        _require_plain_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        _require_plain_keys(self.stack[::2])
-        super().load_setitems()
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
 
     dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # reserves nothing
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-
-
-def _require_plain_keys(keys: list[Any]) -> None:
-    if any(isinstance(key, tuple) for key in keys):  # hashing recurses in C without a limit
-        raise ValueError("a tuple is a key")
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary

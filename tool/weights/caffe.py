@@ -16,26 +16,23 @@ LAYER_FIELDS = {100: (1, 7), 2: (4, 6)}
 LEGACY_SIDES = (1, 2, 3, 4)
 DATA, SHAPE, DOUBLE_DATA = 5, 7, 8
 NUMBERS = {DATA: np.dtype("<f4"), DOUBLE_DATA: np.dtype("<f8")}
-VARINT_BYTES = 10
 _KINDS = {"0": "weight", "1": "bias"}
 
 
-def read_caffemodel(data: memoryview) -> dict[str, np.ndarray]:
+def read_caffemodel(data: bytes) -> dict[str, np.ndarray]:
     """The blobs in a ``.caffemodel``'s bytes: ``<layer>.0``, ``<layer>.1``, ...
 
     float32, or float64 where the file has doubles; of the stated shape, which the old generation
-    fills up to four sides. They are views of ``data`` where their numbers are in one piece. Raises
-    ValueError if the bytes are no NetParameter, or damaged.
+    fills up to four sides. Raises ValueError if they are no NetParameter, or damaged.
     """
     blobs = {}
-    for number, value in _fields(data):
-        if number not in LAYER_FIELDS or isinstance(value, int):
-            continue
-        name_field, blob_field = LAYER_FIELDS[number]
-        parts = list(_fields(value))
-        name = next((str(part, "utf-8", "replace") for n, part in parts if n == name_field), "")
-        messages = [part for n, part in parts if n == blob_field]
-        blobs.update({f"{name}.{index}": _blob(part) for index, part in enumerate(messages)})
+    for number, value in _fields(memoryview(data)):
+        if number in LAYER_FIELDS:
+            name_field, blob_field = LAYER_FIELDS[number]
+            parts = list(_fields(value))
+            name = next((str(part, "utf-8", "replace") for n, part in parts if n == name_field), "")
+            messages = [part for n, part in parts if n == blob_field]
+            blobs.update({f"{name}.{index}": _blob(part) for index, part in enumerate(messages)})
     return blobs
 
 
@@ -66,9 +63,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """The number that begins there, seven bits a byte, and where the next thing begins."""
+    """The number that begins there, seven bits a byte in up to ten, and the position behind it."""
     value = 0
-    for index, byte in enumerate(message[position : position + VARINT_BYTES]):
+    for index, byte in enumerate(message[position : position + 10]):
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, position + index + 1
@@ -83,14 +80,11 @@ def _blob(message: memoryview) -> np.ndarray:
         if number in LEGACY_SIDES:
             legacy_sides[number] = value
         elif number == SHAPE:
-            sides = [*(sides or []), *_sides(value)]
+            sides = _sides(value)
         elif number in NUMBERS:
             pieces[number].append(value)  # one packed piece; or a number each, which is legal
     kind = DOUBLE_DATA if pieces[DOUBLE_DATA] else DATA
-    content = pieces[kind][0] if len(pieces[kind]) == 1 else bytearray().join(pieces[kind])
-    if len(content) % NUMBERS[kind].itemsize:
-        raise ValueError("a blob ends in the middle of a number")
-    values = np.frombuffer(content, NUMBERS[kind])
+    values = np.frombuffer(b"".join(pieces[kind]), NUMBERS[kind])
     if sides is None:
         sides = list(legacy_sides.values()) if any(legacy_sides.values()) else [values.size]
     if math.prod(sides) != values.size:
@@ -99,14 +93,10 @@ def _blob(message: memoryview) -> np.ndarray:
 
 
 def _sides(message: memoryview) -> list[int]:
-    """A BlobShape's ``dim``, packed or not."""
-    sides = []
-    for number, value in _fields(message):
-        if number == 1 and isinstance(value, int):
-            sides.append(value)
-        elif number == 1:
-            position = 0
-            while position < len(value):
-                side, position = _varint(value, position)
-                sides.append(side)
+    """A BlobShape's ``dim``, packed."""
+    sides, position = [], 0
+    packed = b"".join(value for number, value in _fields(message) if number == 1)
+    while position < len(packed):
+        side, position = _varint(packed, position)
+        sides.append(side)
     return sides

@@ -26,19 +26,11 @@ def load_tensors(path: str | os.PathLike, kind: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old forms of checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S{1,100})", str(error))
         wish = f"wants to load {printable(name[1])}" if name else "is damaged or more than tensors"
-        raise DataError(
-            f"{path}: refused, because it {wish}; a {kind} holds tensors only."
-        ) from error
+        raise DataError(f"{path}: refused: it {wish}; a {kind} holds tensors only.") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        if "TorchScript" in str(error):
-            raise DataError(
-                f"{path}: is a TorchScript archive, a program; save its state_dict instead."
-            ) from error
         raise DataError(f"{path}: not a readable {kind} ({reason(error)}).") from error
 
 
