@@ -25,8 +25,7 @@ from tool.affinity import pair_affinity
 
 # Dropout of the classifier's features (released code).
 CLASSIFIER_DROPOUT = 0.5
-# Channels to which the three levels are reduced, and the gain of the layer that mixes them
-# (released code).
+# Channels of the reduced levels, and the gain of the layer that mixes them (released code).
 AFFINITY_CHANNELS = (64, 128, 256)
 AFFINITY_MIX_GAIN = 4
 
@@ -43,15 +42,12 @@ class _Head(nn.Module):
             self.get_submodule(name).requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+                module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "_Head":
         """Set the mode, but keep batch norm in evaluation mode and frozen layers frozen."""
         super().train(mode)
         self._freeze()
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
         return self
 
     def get_parameter_groups(self) -> tuple[list, list, list, list]:
@@ -66,10 +62,7 @@ class _Head(nn.Module):
 
 
 class ClassifierHead(_Head):
-    """Image-level classification by a 1x1 convolution; its maps before pooling are the CAMs.
-
-    Sec. 3.1 of the paper, eq. (1).
-    """
+    """A 1x1 convolution classifies; its maps before pooling are the CAMs (Sec. 3.1, eq. 1)."""
 
     new_layers = fast_layers = ("fc8",)
 
@@ -95,10 +88,7 @@ class ClassifierHead(_Head):
 
 
 class AffinityHead(_Head):
-    """AffinityNet: mixes features of three levels; their L1 distance gives a pair's affinity.
-
-    Sec. 3.2 of the paper and Figure 3.
-    """
+    """AffinityNet: mixes features of three levels for pairs to compare (Sec. 3.2, Figure 3)."""
 
     new_layers = fast_layers = ("f8_3", "f8_4", "f8_5", "f9")
     reduced_channels = AFFINITY_CHANNELS
@@ -137,13 +127,12 @@ class GroupNormAffinityHead(AffinityHead):
     """AffinityNet with group norm on each reduced level, for backbones without batch norm."""
 
     new_layers = (*AffinityHead.new_layers, "gn8_3", "gn8_4", "gn8_5")
-    level_groups: tuple[int, int, int] = (8, 16, 32)
+    level_groups = (8, 16, 32)
 
     def __init__(self, radius: int = 5):
         super().__init__(radius)
-        for level, groups, channels in zip(
-            "345", self.level_groups, self.reduced_channels, strict=True
-        ):
+        levels = zip("345", self.level_groups, self.reduced_channels, strict=True)
+        for level, groups, channels in levels:
             self.add_module(f"gn8_{level}", nn.GroupNorm(groups, channels))
 
     def normalize_level(self, level: str, x: Tensor) -> Tensor:

@@ -12,28 +12,21 @@ MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions. ``first_dilation`` is the first one's, if it differs."""
+def conv3x3(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A dilated convolution without bias that keeps the grid, except for the stride."""
+    return nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, bias=False)
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels_mid: int,
-        channels_out: int,
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-    ):
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a dilation each; the first has the stride."""
+
+    def __init__(self, channels: tuple[int, int, int], stride: int, dilations: tuple[int, int]):
         super().__init__()
-        first = first_dilation or dilation
+        channels_in, channels_mid, channels_out = channels
         self.bn_branch2a = nn.BatchNorm2d(channels_in)
-        self.conv_branch2a = nn.Conv2d(
-            channels_in, channels_mid, 3, stride, padding=first, dilation=first, bias=False
-        )
+        self.conv_branch2a = conv3x3(channels_in, channels_mid, stride, dilations[0])
         self.bn_branch2b1 = nn.BatchNorm2d(channels_mid)
-        self.conv_branch2b1 = nn.Conv2d(
-            channels_mid, channels_out, 3, padding=dilation, dilation=dilation, bias=False
-        )
+        self.conv_branch2b1 = conv3x3(channels_mid, channels_out, dilation=dilations[1])
         self.conv_branch1 = None
         if channels_in != channels_out or stride != 1:
             self.conv_branch1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
@@ -48,8 +41,7 @@ class ResidualBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to a quarter of the output, dilated 3x3 to a half, 1x1 to the output; 2-d dropout before
-    the 3x3 and before the last 1x1."""
+    """1x1 to a quarter of the output, 3x3 to a half, 1x1; 2-d dropout before the last two."""
 
     def __init__(self, channels_in: int, channels_out: int, dilation: int, dropout: float):
         super().__init__()
@@ -58,9 +50,7 @@ class Bottleneck(nn.Module):
         self.bn_branch2a = nn.BatchNorm2d(channels_in)
         self.conv_branch2a = nn.Conv2d(channels_in, quarter, 1, bias=False)
         self.bn_branch2b1 = nn.BatchNorm2d(quarter)
-        self.conv_branch2b1 = nn.Conv2d(
-            quarter, half, 3, padding=dilation, dilation=dilation, bias=False
-        )
+        self.conv_branch2b1 = conv3x3(quarter, half, dilation=dilation)
         self.bn_branch2b2 = nn.BatchNorm2d(half)
         self.conv_branch2b2 = nn.Conv2d(half, channels_out, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(channels_in, channels_out, 1, bias=False)
@@ -75,23 +65,23 @@ class Bottleneck(nn.Module):
         return self.conv_branch1(activated) + self.conv_branch2b2(branch), activated
 
 
-# Blocks b2 to b5 in order: name, channels in, middle, out, stride, dilation, first dilation.
+# Blocks b2 to b5 in order: name, channels in, middle and out, stride, dilations.
 BLOCKS = (
-    ("b2", 64, 128, 128, 2, 1, None),
-    ("b2_1", 128, 128, 128, 1, 1, None),
-    ("b2_2", 128, 128, 128, 1, 1, None),
-    ("b3", 128, 256, 256, 2, 1, None),
-    ("b3_1", 256, 256, 256, 1, 1, None),
-    ("b3_2", 256, 256, 256, 1, 1, None),
-    ("b4", 256, 512, 512, 2, 1, None),
-    ("b4_1", 512, 512, 512, 1, 1, None),
-    ("b4_2", 512, 512, 512, 1, 1, None),
-    ("b4_3", 512, 512, 512, 1, 1, None),
-    ("b4_4", 512, 512, 512, 1, 1, None),
-    ("b4_5", 512, 512, 512, 1, 1, None),
-    ("b5", 512, 512, 1024, 1, 2, 1),
-    ("b5_1", 1024, 512, 1024, 1, 2, None),
-    ("b5_2", 1024, 512, 1024, 1, 2, None),
+    ("b2", (64, 128, 128), 2, (1, 1)),
+    ("b2_1", (128, 128, 128), 1, (1, 1)),
+    ("b2_2", (128, 128, 128), 1, (1, 1)),
+    ("b3", (128, 256, 256), 2, (1, 1)),
+    ("b3_1", (256, 256, 256), 1, (1, 1)),
+    ("b3_2", (256, 256, 256), 1, (1, 1)),
+    ("b4", (256, 512, 512), 2, (1, 1)),
+    ("b4_1", (512, 512, 512), 1, (1, 1)),
+    ("b4_2", (512, 512, 512), 1, (1, 1)),
+    ("b4_3", (512, 512, 512), 1, (1, 1)),
+    ("b4_4", (512, 512, 512), 1, (1, 1)),
+    ("b4_5", (512, 512, 512), 1, (1, 1)),
+    ("b5", (512, 512, 1024), 1, (1, 2)),
+    ("b5_1", (1024, 512, 1024), 1, (2, 2)),
+    ("b5_2", (1024, 512, 1024), 1, (2, 2)),
 )
 
 
@@ -104,7 +94,7 @@ class Backbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1a = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.conv1a = conv3x3(3, 64)
         for name, *shape in BLOCKS:
             self.add_module(name, ResidualBlock(*shape))
         self.b6 = Bottleneck(1024, 2048, dilation=4, dropout=0.3)

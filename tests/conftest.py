@@ -1,6 +1,5 @@
 """Fixtures of all test files: golden numbers, seeded networks, shared data; what is skipped."""
 
-import importlib
 import json
 from functools import cache
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import recipe
 from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,11 +32,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@cache
-def _golden_meta() -> dict:
-    return json.loads((GOLDEN / "meta.json").read_text())
-
-
 @pytest.fixture(scope="session")
 def golden():
     """``golden("crf")``: a golden file's arrays by key; ``golden("meta")``: the JSON file."""
@@ -46,31 +39,11 @@ def golden():
     @cache
     def load(name: str) -> dict:
         if name == "meta":
-            return _golden_meta()
+            return json.loads((GOLDEN / "meta.json").read_text())
         with np.load(GOLDEN / f"{name}.npz") as arrays:
             return dict(arrays)
 
     return load
-
-
-def golden_weights(name: str) -> dict[str, torch.Tensor]:
-    """The seeded state dict of a network, from the golden names and shapes alone."""
-    shapes = _golden_meta()[f"{name}.state_dict"]
-    template = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    seeded = recipe.seeded_state_dict(template, seed=SEED)
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in seeded.items()}
-
-
-@pytest.fixture(scope="session")
-def seeded_net(request):
-    """The network of that name with the golden weights, in eval mode; parametrized indirectly.
-
-    Tests share it and must not change it. pytest groups tests by network, so that each is built
-    once and at most one is in memory.
-    """
-    net = importlib.import_module(f"network.{request.param}").Net()
-    net.load_state_dict(golden_weights(request.param), strict=True)
-    return net.eval()
 
 
 @pytest.fixture(scope="module")

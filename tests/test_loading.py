@@ -6,11 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from helpers import REPOSITORY
 
 from tool.run.errors import DataError
 from tool.run.loading import in_batches, load, load_each, shuffled
@@ -18,28 +17,18 @@ from tool.run.loading import in_batches, load, load_each, shuffled
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
 
 
-class Numbers(Dataset):
-    """Item k is k; what ``broken`` names raises."""
+def refusal(index):
+    return DataError(f"{index}.jpg: not a readable image; replace it.")
 
-    def __init__(self, length, broken=None):
-        self.length = length
-        self.broken = broken or {}
 
-    def __len__(self):
-        return self.length
+class Samples(list):
+    """A dataset; an error among the samples is raised."""
 
     def __getitem__(self, index):
-        if index in self.broken:
-            self.broken[index](index)
-        return torch.tensor(index)
-
-
-def _refuse(index):
-    raise DataError(f"{index}.jpg: not a readable image; replace it.")
-
-
-def _fail(index):
-    raise ZeroDivisionError(f"item {index}")
+        sample = super().__getitem__(index)
+        if isinstance(sample, Exception):
+            raise sample
+        return sample
 
 
 def load_all(dataset, batches, num_workers):
@@ -50,33 +39,26 @@ def load_all(dataset, batches, num_workers):
 @each_number_of_workers
 def test_batches_follow_the_order(num_workers):
     batches = in_batches([6, 0, 3, 1, 5, 2, 4], 3)
-    assert load_all(Numbers(7), batches, num_workers) == [[6, 0, 3], [1, 5, 2], [4]]
-
-
-class Epochs(Numbers):
-    """Item k of epoch e is 100 e + k."""
-
-    def __getitem__(self, key):
-        epoch, index = key
-        return super().__getitem__(index) + 100 * epoch
+    assert load_all(Samples(range(7)), batches, num_workers) == [[6, 0, 3], [1, 5, 2], [4]]
 
 
 @each_number_of_workers
 def test_samples_are_asked_for_by_any_key(num_workers):
+    dataset = {(epoch, index): 100 * epoch + index for epoch in range(2) for index in range(3)}
     batches = iter([[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]])
-    assert load_all(Epochs(3), batches, num_workers) == [[2, 1], [0, 102], [100]]
+    assert load_all(dataset, batches, num_workers) == [[2, 1], [0, 102], [100]]
 
 
 @each_number_of_workers
 def test_loading_leaves_the_random_numbers_of_torch_alone(num_workers):
     before = torch.get_rng_state()
-    load_all(Numbers(4), in_batches(range(4), 2), num_workers)
+    load_all(range(4), in_batches(range(4), 2), num_workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Pids(Dataset):
+class Pids:
     def __getitem__(self, index):
-        return torch.tensor(os.getpid())
+        return os.getpid()
 
 
 def test_loader_processes_ignore_signals_and_end_with_the_block():
@@ -93,16 +75,16 @@ def test_loader_processes_ignore_signals_and_end_with_the_block():
 
 @each_number_of_workers
 def test_data_error_arrives_clean_after_the_batches_before(num_workers):
-    with load(Numbers(8, {5: _refuse}), in_batches(range(8), 2), num_workers) as batches:
+    dataset = Samples([0, 1, 2, 3, 4, refusal(5), 6, 7])
+    with load(dataset, in_batches(range(8), 2), num_workers) as batches:
         assert [next(batches).tolist(), next(batches).tolist()] == [[0, 1], [2, 3]]
-        with pytest.raises(DataError) as error:
+        with pytest.raises(DataError, match=r"^5\.jpg: not a readable image; replace it\.$"):
             next(batches)
-    assert str(error.value) == "5.jpg: not a readable image; replace it."
 
 
 @each_number_of_workers
 def test_data_error_takes_the_place_of_its_sample(num_workers):
-    with load_each(Numbers(3, {1: _refuse}), num_workers) as loaded:
+    with load_each(Samples([0, refusal(1), 2]), num_workers) as loaded:
         samples = list(loaded)
     assert [samples[0], samples[2]] == [0, 2]
     assert isinstance(samples[1], DataError)
@@ -112,36 +94,29 @@ def test_data_error_takes_the_place_of_its_sample(num_workers):
 @each_number_of_workers
 def test_bug_stays_what_it_is(num_workers):
     with pytest.raises(ZeroDivisionError, match="item 0"):
-        load_all(Numbers(1, {0: _fail}), [[0]], num_workers)
+        load_all(Samples([ZeroDivisionError("item 0")]), [[0]], num_workers)
+
+
+def run_script(script):
+    """Run it in a process of its own, because torch reports a dead worker in others, too."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
 KILLED_WORKER = """
 import os
-from tool.run.errors import DataError
-from tool.run.loading import in_batches, load, load_each, shuffled
-
-class Deadly(list):
+from tool.run.loading import load
+class Deadly:
     def __getitem__(self, index):
         os._exit(1)
-
-try:
-    with load(Deadly([0]), [[0]], num_workers=1) as batches:
-        next(batches)
-except DataError as error:
-    print(error)
+with load(Deadly(), [[0]], num_workers=1) as batches:
+    next(batches)
 """
 
 
 def test_worker_that_dies_is_a_data_error():
-    # In a process of its own: torch reports a dead worker again whenever another one ends.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_WORKER],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.search(r"loader process died.*--num_workers", done.stdout), done.stderr
+    last_line = run_script(KILLED_WORKER).stderr.splitlines()[-1]
+    assert re.search(r"DataError: a loader process died.*--num_workers", last_line)
 
 
 ABANDONED = """
@@ -153,14 +128,7 @@ with load([0, 1, 2, 3], [[0], [1], [2], [3]], num_workers=2) as batches:
 
 
 def test_program_that_fails_does_not_wait_for_its_loader_processes():
-    done = subprocess.run(
-        [sys.executable, "-c", ABANDONED],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_script(ABANDONED)
     assert (done.returncode, done.stdout) == (1, "0\n")
     assert "KeyError" in done.stderr
 
@@ -168,8 +136,7 @@ def test_program_that_fails_does_not_wait_for_its_loader_processes():
 @pytest.mark.parametrize("length", [0, 1, 50])
 def test_shuffled_is_a_permutation(length):
     order = shuffled(length, seed=3, epoch=1)
-    assert sorted(order) == list(range(length))
-    assert all(type(index) is int for index in order)
+    assert repr(sorted(order)) == repr(list(range(length)))  # of Python's integers
 
 
 def test_shuffled_depends_on_seed_and_epoch_alone():

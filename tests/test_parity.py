@@ -1,13 +1,15 @@
 """The numbers of the method's released code (tests/golden), network by network, stage by stage."""
 
 import copy
+import importlib
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, golden_weights
+from conftest import SEED
 from golden import recipe
 
 import infer_aff
@@ -61,6 +63,34 @@ def _assert_close_to_largest(actual: torch.Tensor, expected: np.ndarray) -> None
     tolerance = max(MAP_TOLERANCE, RELATIVE_TOLERANCE * np.abs(expected).max())
     assert actual.shape == expected.shape
     assert np.abs(actual.numpy() - expected).max() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def golden_weights(golden):
+    """``golden_weights(name)``: a network's seeded state dict; networks share equal layers."""
+
+    @cache
+    def seeded(key: str, shape: tuple) -> torch.Tensor:
+        arrays = recipe.seeded_state_dict({key: torch.empty(shape, device="meta")}, SEED)
+        return torch.from_numpy(np.asarray(arrays[key]))
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        shapes = golden("meta")[f"{name}.state_dict"]
+        return {key: seeded(key, tuple(shape)) for key, shape in shapes.items()}
+
+    return weights
+
+
+@pytest.fixture(scope="module")
+def seeded_net(request, golden_weights):
+    """The network of that name with the golden weights, in eval mode; parametrized indirectly.
+
+    Tests share it and must not change it; pytest groups them by network.
+    """
+    with torch.device("meta"):
+        net = importlib.import_module(f"network.{request.param}").Net()
+    net.load_state_dict(golden_weights(request.param), assign=True)
+    return net.eval()
 
 
 @pytest.fixture
@@ -260,7 +290,7 @@ def _run(program, *flags) -> None:
 
 
 @pytest.fixture
-def weight_file(tmp_path):
+def weight_file(tmp_path, golden_weights):
     """``weight_file(name)``: the golden weights on disk; removed at the end, for their size."""
     paths = []
 

@@ -1,13 +1,12 @@
 """Optimizer, schedule, the loop and what it writes, on a network of four numbers."""
 
 import argparse
-import builtins
 import csv
 import math
-import os
 import signal
 import sys
-import types
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,21 +59,23 @@ def training(tmp_path):
         parser = argparse.ArgumentParser()
         add_training_arguments(parser, batch_size=2, epochs=epochs, crop_size=8)
         words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
-        args = parser.parse_args(words)
-        return start_training(args, net, 2 * steps, CPU, {}, ["a note"])
+        return start_training(parser.parse_args(words), net, 2 * steps, CPU, {}, ["a note"])
 
     return start
-
-
-def train_epoch(run, values, losses_of=_losses_of):
-    return train_one_epoch(run, iter(values), losses_of)
 
 
 def _batches(*values):
     return iter([torch.tensor(value) for value in values])
 
 
-# ---- optimizer and learning rate ----
+def train(run, epochs, *values):
+    """Train that many epochs on these batches; returns the last one's mean losses."""
+    batches = _batches(*values)
+    for _ in range(epochs):
+        means = train_one_epoch(run, batches, _losses_of)
+        end_epoch(run, "")
+    assert next(batches, None) is None
+    return means
 
 
 def test_groups_learn_at_1_2_10_20_and_weights_alone_decay():
@@ -85,13 +86,10 @@ def test_groups_learn_at_1_2_10_20_and_weights_alone_decay():
     assert [group["weight_decay"] for group in groups] == [DECAY, 0, DECAY, 0]
 
 
-def test_momentum_is_the_decay_unless_given():
-    def momenta(*given):
-        return {g["momentum"] for g in build_optimizer(FourGroups(), LR, 3e-4, *given).param_groups}
-
-    assert momenta() == {3e-4}
-    assert momenta(0.9) == {0.9}
-    assert momenta(0.0) == {0}
+@pytest.mark.parametrize(("given", "momentum"), [((), DECAY), ((0.9,), 0.9), ((0.0,), 0)])
+def test_momentum_is_the_decay_unless_given(given, momentum):
+    optimizer = build_optimizer(FourGroups(), LR, DECAY, *given)
+    assert {group["momentum"] for group in optimizer.param_groups} == {momentum}
 
 
 @pytest.mark.parametrize("step", [0, 1, 7, 19])
@@ -105,7 +103,7 @@ def test_learning_rate_falls_by_the_power_0_9(step):
 
 def test_two_steps_equal_sgd_by_hand(training):
     net = FourGroups()
-    train_epoch(training(net, 2), _batches(0.5, -0.25))
+    train(training(net, 2), 1, 0.5, -0.25)
 
     for value, rate, decay in zip(net.values, RATES, (DECAY, 0, DECAY, 0), strict=True):
         expected, velocity = 1.0, 0.0
@@ -115,13 +113,9 @@ def test_two_steps_equal_sgd_by_hand(training):
         assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-# ---- schedule ----
-
-
 def test_schedule_drops_the_last_short_batch():
     schedule = Schedule(num_images=10_582, batch_size=16, epochs=15)
-    assert schedule.steps_per_epoch == 661
-    assert schedule.max_step == 661 * 15
+    assert (schedule.steps_per_epoch, schedule.max_step) == (661, 661 * 15)
 
 
 def test_schedule_of_a_list_smaller_than_a_batch_is_a_data_error():
@@ -138,81 +132,56 @@ def test_session_is_named_after_the_network_unless_named():
 
 
 def test_batches_follow_the_order_of_their_epoch():
-    schedule = Schedule(num_images=7, batch_size=2, epochs=3)
-    batches = list(remaining_batches(schedule, seed=3, step=0))
-    assert len(batches) == schedule.max_step
-    for epoch in range(3):
-        expected = [(epoch, index) for index in shuffled(7, 3, epoch)[:6]]
-        found = [pair for batch in batches[3 * epoch : 3 * epoch + 3] for pair in batch]
-        assert found == expected
+    batches = list(remaining_batches(Schedule(7, 2, 3), seed=3, step=0))
+    assert [len(batch) for batch in batches] == [2] * 9
+    pairs = [(epoch, index) for epoch in range(3) for index in shuffled(7, 3, epoch)[:6]]
+    assert [pair for batch in batches for pair in batch] == pairs
 
 
 @pytest.mark.parametrize("step", range(10))
 def test_batches_after_a_step_are_the_rest(step):
-    schedule = Schedule(num_images=7, batch_size=2, epochs=3)
-    rest = list(remaining_batches(schedule, 3, 0))[step:]
-    assert list(remaining_batches(schedule, 3, step)) == rest
-
-
-# ---- an epoch ----
+    rest = list(remaining_batches(Schedule(7, 2, 3), 3, 0))[step:]
+    assert list(remaining_batches(Schedule(7, 2, 3), 3, step)) == rest
 
 
 def test_epoch_returns_the_mean_of_each_loss(training):
     run = training(FourGroups(), 3, flags="--lr 1e-12 --wt_dec 0 --log_every 2")  # hardly moves
-    means = train_epoch(run, _batches(1.0, 2.0, 6.0))
+    means = train(run, 1, 1.0, 2.0, 6.0)
     assert means == pytest.approx({"loss": 3 * 4, "half": 3 * 2}, rel=1e-5)
 
 
-def test_learning_rate_continues_from_epoch_to_epoch(training):
-    run = training(FourGroups(), 4, epochs=3)
-    rates = []
+def test_epochs_are_in_training_mode_and_continue_the_learning_rate(training):
+    net, modes, rates = FourGroups().eval(), [], []
+    run = training(net, 4, epochs=3)
+    run.optimizer.register_step_pre_hook(lambda *_: modes.append(net.training))
     run.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
-    batches = _batches(*[0.1] * 12)
-    for _ in range(3):
-        train_epoch(run, batches)
-        end_epoch(run, "")
+    train(run, 3, *[0.1] * 12)
+    assert modes == [True] * 12
     assert rates == pytest.approx([LR * (1 - step / 12) ** 0.9 for step in range(12)])
-    assert next(batches, None) is None
-
-
-def test_epoch_puts_the_network_into_training_mode(training):
-    modes = []
-
-    def losses_of(net, batch):
-        modes.append(net.training)
-        return _losses_of(net, batch)
-
-    train_epoch(training(FourGroups().eval(), 1), _batches(1.0), losses_of)
-    assert modes == [True]
 
 
 @pytest.mark.parametrize("log_every", [1, 2, 100])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_with_its_parts_and_the_step(bad, log_every, training):
     run = training(FourGroups(), 3, epochs=2, flags=f"--log_every {log_every} --lr 1e-6")
-    train_epoch(run, _batches(0.01, 0.01, 0.01))
-    end_epoch(run, "")
+    train(run, 1, 0.01, 0.01, 0.01)
     before = run.checkpoint.read_bytes()
     with pytest.raises(DataError, match=rf"step 5 \(loss {bad}, half {bad}\)"):
-        train_epoch(run, _batches(0.01, bad, 0.01))
+        train(run, 1, 0.01, bad, 0.01)
     assert run.checkpoint.read_bytes() == before
 
 
 def test_checkpoint_is_not_written_after_a_loss_that_is_not_finite(training):
     run = training(FourGroups(), 3, flags="--save_every 1")
     with pytest.raises(DataError, match="step 1 "):
-        train_epoch(run, _batches(math.nan, 0.01, 0.01))
+        train(run, 1, math.nan, 0.01, 0.01)
     assert not run.checkpoint.exists()
 
 
 def test_table_has_the_mean_losses_of_the_steps_between_its_rows(training):
     run = training(FourGroups(), 5, epochs=2, flags="--log_every 3 --lr 1e-12 --wt_dec 0")
-    batches = _batches(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
-    for _ in range(2):
-        train_epoch(run, batches)
-        end_epoch(run, "")
-    with open(f"{run.session}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    train(run, 2, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
+    rows = list(csv.DictReader(Path(f"{run.session}.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["3", "5", "6", "9", "10"]
     assert [row["epoch"] for row in rows] == ["1", "1", "2", "2", "2"]
     batch_means = [2.0, 4.5, 6.0, 8.0, 10.0]
@@ -231,17 +200,15 @@ def test_signal_ends_after_the_step_with_a_checkpoint(training):
         return _losses_of(net, batch)
 
     with pytest.raises(Interrupted, match=r"run\.ckpt .* step 1 of 3") as interrupted:
-        train_epoch(run, _batches(0.1, 0.1, 0.1), losses_of)
+        train_one_epoch(run, _batches(0.1, 0.1, 0.1), losses_of)
     assert interrupted.value.signal_number == signal.SIGTERM
     assert training(FourGroups(), 3).step == 1
 
 
 def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path):
     run = training(FourGroups(), 2, epochs=2, flags="--lr 1e-6")
-    for _ in range(2):
-        train_epoch(run, _batches(0.1, 0.1))
-        end_epoch(run, "")
-        assert run.checkpoint.exists()
+    train(run, 2, 0.1, 0.1, 0.1, 0.1)
+    assert run.checkpoint.exists()
     finish(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
 
@@ -251,22 +218,7 @@ def test_lack_of_memory_names_the_flags(training):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with pytest.raises(DataError, match=r"out of memory on cpu in step 1; .*--batch_size.*--amp"):
-        train_epoch(training(FourGroups(), 1), _batches(0.1), losses_of)
-
-
-# ---- what is written ----
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_full_disk_is_named_and_leaves_the_old_weights(training, tmp_path, monkeypatch):
-    run, path = training(FourGroups(), 1), tmp_path / "run.pth"
-    path.write_text("old")
-    real = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda _, mode: real("/dev/full", mode.replace("x", "w")))
-    with pytest.raises(OSError, match="No space left"):
-        finish(run)
-    monkeypatch.undo()
-    assert path.read_text() == "old"
+        train_one_epoch(training(FourGroups(), 1), _batches(0.1), losses_of)
 
 
 def test_weights_that_are_not_finite_are_not_written(training, tmp_path):
@@ -297,48 +249,33 @@ def test_logs_of_equal_runs_are_equal_and_complete(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.startswith("a note\nepoch 1/2: loss 0.5\n")
 
 
-def test_table_has_one_head_and_a_row_for_each_step(tmp_path):
-    log = Log(tmp_path / "s", ["command: a"])
-    log.start([])
-    log.write_row(10, {"epoch": 1, "lr": 0.1, "loss": 1 / 3})
-    log.write_row(20, {"epoch": 2, "lr": 1e-12, "loss": 12345678})
-    expected = "step,epoch,lr,loss\n10,1,0.1,0.3333333\n20,2,1e-12,1.234568e+07\n"
-    assert (tmp_path / "s.csv").read_text() == expected
-
-
-def test_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):
+def test_resumed_log_and_table_forget_what_came_after_the_checkpoint(tmp_path):
     log = Log(tmp_path / "s", ["command: a", "hardware: b"])
     log.start(["kept"])
-    log.write_row(1, {"loss": 1})
+    log.write_row(10, {"epoch": 1, "lr": 0.1, "loss": 1 / 3})
     texts = dict(log.texts)
     log.write("lost")
-    log.write_row(2, {"loss": 2})
+    log.write_row(20, {"epoch": 2, "lr": 0.1, "loss": 2})
 
     resumed = Log(tmp_path / "s", ["command: a", "hardware: c"])
-    resumed.resume(texts, 1)
-    resumed.write_row(2, {"loss": 3})
-    lines = ["command: a", "hardware: b", "kept", "resumed after step 1", "resumed hardware: c"]
+    resumed.resume(texts, 10)
+    resumed.write_row(20, {"epoch": 2, "lr": 1e-12, "loss": 12345678})
+    lines = ["command: a", "hardware: b", "kept", "resumed after step 10", "resumed hardware: c"]
     assert (tmp_path / "s.log").read_text().splitlines() == lines
-    assert (tmp_path / "s.csv").read_text() == "step,loss\n1,1\n2,3\n"
+    rows = "step,epoch,lr,loss\n10,1,0.1,0.3333333\n20,2,1e-12,1.234568e+07\n"
+    assert (tmp_path / "s.csv").read_text() == rows
 
 
 def test_tensorboard_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):
-    seen = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            seen.append(folder)
-
-        def add_scalar(self, *values):
-            seen.append(values)
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    module = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = Log(tmp_path / "s", [], "tb")
     log.start([])
     log.write_row(10, {"lr": 0.1, "loss": 0.5})
     log.plot(10, {"validation loss": 0.25})
-    assert seen == ["tb", ("lr", 0.1, 10), ("loss", 0.5, 10), ("validation loss", 0.25, 10)]
+    module.SummaryWriter.assert_called_once_with("tb")
+    added = [call.args for call in module.SummaryWriter.return_value.add_scalar.call_args_list]
+    assert added == [("lr", 0.1, 10), ("loss", 0.5, 10), ("validation loss", 0.25, 10)]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     Log(tmp_path / "s", []).start([])
     with pytest.raises(UsageError, match=r"--tensorboard tb: .*not installed.*pip install"):

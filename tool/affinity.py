@@ -26,13 +26,8 @@ def pair_offsets(radius: int) -> list[tuple[int, int]]:
     First (0, 1..radius-1), then each dy from 1 with dx ascending (Sec. 3.2.2, gamma).
     """
     same_row = [(0, dx) for dx in range(1, radius)]
-    below = [
-        (dy, dx)
-        for dy in range(1, radius)
-        for dx in range(1 - radius, radius)
-        if dy * dy + dx * dx < radius * radius
-    ]
-    return same_row + below
+    below = [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius)]
+    return same_row + [(dy, dx) for dy, dx in below if dy * dy + dx * dx < radius * radius]
 
 
 def source_grid(height: int, width: int, radius: int) -> tuple[int, int]:
@@ -67,27 +62,20 @@ def pair_affinity(features: Tensor, radius: int, full_graph: bool = False) -> Te
     pair that leaves the grid is 0. Differentiable once.
     """
     if features.dtype in (torch.float16, torch.bfloat16):
-        # A mean over hundreds of channels needs float32, also under autocast.
-        features = features.float()
+        features = features.float()  # for the mean over hundreds of channels
     # A network may use channels-last memory; shifted views are faster with whole rows.
     features = features.contiguous()
     if not full_graph:
         return _PairAffinity.apply(features, radius)
     reach = radius - 1
     around = (reach, reach, 0, reach)
-    inside = F.pad(features.new_ones(features.shape[-2:]), around)
-    inside = torch.stack(
-        [shifted_view(inside, offset, radius).flatten() for offset in pair_offsets(radius)]
-    )
-    return _PairAffinity.apply(F.pad(features, around), radius) * inside
+    grid = F.pad(features.new_ones(features.shape[-2:]), around)
+    inside = [shifted_view(grid, offset, radius).flatten() for offset in pair_offsets(radius)]
+    return _PairAffinity.apply(F.pad(features, around), radius) * torch.stack(inside)
 
 
 class _PairAffinity(torch.autograd.Function):
-    """Computes one offset at a time from shifted views of the features.
-
-    The features of all pairs are never in memory together; the backward pass needs the features
-    and the affinities only.
-    """
+    """One offset at a time, so that the features of all pairs are never in memory together."""
 
     @staticmethod
     def forward(features: Tensor, radius: int) -> Tensor:
@@ -181,9 +169,9 @@ def affinity_label(low_alpha_scores: Tensor, high_alpha_scores: Tensor, stride: 
     """Confident labels of one image's cells, from CRF scores with two alphas (Sec. 3.2.1).
 
     Both scores are float maps x H x W, the background first, and are mean-pooled by ``stride``.
-    A cell is void if all its scores are zero; else background if the high-alpha argmax is
-    background; else the low-alpha argmax if that is a class; else void.
-    Returns uint8 H/stride x W/stride of *local* indices (0 background, k the k-th map), 255 void.
+    A cell is void if all its scores are zero; else background if the high-alpha argmax is; else
+    the low-alpha argmax if that is a class; else void. Returns uint8 H/stride x W/stride of *local*
+    indices (0 background, k the k-th map), 255 void.
     """
     low = F.avg_pool2d(low_alpha_scores[None], stride)[0]
     high = F.avg_pool2d(high_alpha_scores[None], stride)[0]

@@ -19,9 +19,8 @@ def multi_scale_cam(
     """The CAMs of the present classes, summed over scales and mirror images, in 0..1.
 
     ``scaled`` holds the normalized image at each scale, float32 3 x h x w, on the network's
-    device; ``size`` is the image's (H, W) in pixels. The network gets each image with its mirror
-    image. Each map is resized to ``size`` (bilinear), mirrored back and summed; the sum is divided
-    by its maximum. Returns float32 len(classes) x H x W.
+    device; ``size`` is the image's (H, W) in pixels. Maps are resized to ``size`` (bilinear) before
+    they are summed; the sum is divided by its maximum. Returns float32 len(classes) x H x W.
     """
     total = torch.zeros(len(classes), *size, device=scaled[0].device)
     if not classes:

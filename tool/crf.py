@@ -1,9 +1,8 @@
 """Dense CRF (Krähenbühl and Koltun 2011) that aligns class scores with the image's edges.
 
 Two backends give the same numbers: ``torch``, this project's own, on any device; and
-``pydensecrf``, the module that the released code used. They differ by less than 1e-4, except at
-single pixels on the boundary of two labels, where one bit of the scores changes pydensecrf's own
-result by more. The parameters are the released code's.
+``pydensecrf``, which the released code used. They differ by less than 1e-4, except at single pixels
+on the boundary of two labels, where one bit of the scores changes pydensecrf's own result by more.
 """
 
 from collections.abc import Sequence
@@ -21,8 +20,7 @@ BACKENDS = ("torch", "pydensecrf")
 SCORE_FLOOR = 1e-5
 # Position filters of this many image sizes are cached; one of 500 x 375 pixels takes 11 MB.
 CACHED_SIZES = 4
-# A mean-field step processes the pixels in parts of this many values, so that temporary arrays fit
-# in a CPU's cache.
+# A mean-field step computes this many values at a time, to fit in a CPU's cache.
 VALUES_AT_ONCE = 2**19
 
 
@@ -35,6 +33,7 @@ def background_and_maps(maps: np.ndarray, alpha: float) -> np.ndarray:
     return torch.cat([background_map(maps, alpha)[None], maps]).numpy()
 
 
+@torch.no_grad()
 def dense_crf(
     image: np.ndarray,
     score_sets: Sequence[np.ndarray],
@@ -51,9 +50,9 @@ def dense_crf(
 
     ``image`` is uint8 H x W x 3 RGB; each set is labels x H x W in 0..1, all sets with the same
     number of labels. The unary term is -log(score); sxy is in pixels, srgb in gray levels, compat
-    is the weight of a Potts term; kernels are diagonal with symmetric normalization. ``device`` is
-    the torch backend's. Returns float32 arrays of the sets' shapes, which sum to one over the
-    labels. Raises ValueError if the shapes do not fit, ImportError if pydensecrf is not installed.
+    is the weight of a Potts term (defaults: the released code). ``device`` is the torch backend's.
+    Returns float32 arrays of the sets' shapes, which sum to one over the labels. Raises ValueError
+    if the shapes do not fit, ImportError if pydensecrf is not installed.
     """
     height, width = image.shape[:2]
     labels = {scores.shape[0] for scores in score_sets}
@@ -62,27 +61,14 @@ def dense_crf(
         raise ValueError(f"score sets {shapes} do not fit an image of {height} x {width}")
     image = np.ascontiguousarray(image)
     log_scores = np.log(np.clip(np.stack(score_sets), SCORE_FLOOR, 1)).astype(np.float32)
-    gaussian = (gaussian_sxy, gaussian_compat)
-    bilateral = (bilateral_sxy, bilateral_srgb, bilateral_compat)
     if backend == "pydensecrf":
+        gaussian = {"sxy": gaussian_sxy, "compat": gaussian_compat}
+        bilateral = {"sxy": bilateral_sxy, "srgb": bilateral_srgb, "compat": bilateral_compat}
         return _pydensecrf_inference(image, log_scores, steps, gaussian, bilateral)
-    return _torch_inference(image, log_scores, steps, gaussian, bilateral, torch.device(device))
-
-
-@torch.no_grad()
-def _torch_inference(
-    image: np.ndarray,
-    log_scores: np.ndarray,
-    steps: int,
-    gaussian: tuple[float, float],
-    bilateral: tuple[float, float, float],
-    device: torch.device,
-) -> list[np.ndarray]:
-    (gaussian_sxy, gaussian_compat), (sxy, srgb, bilateral_compat) = gaussian, bilateral
     pixels = torch.from_numpy(image).to(device)
     filters = [
-        (_position_filter(*image.shape[:2], gaussian_sxy, device), gaussian_compat),
-        (_bilateral_filter(pixels, sxy, srgb), bilateral_compat),
+        (_position_filter(height, width, gaussian_sxy, pixels.device), gaussian_compat),
+        (_bilateral_filter(pixels, bilateral_sxy, bilateral_srgb), bilateral_compat),
     ]
     probabilities = mean_field(torch.from_numpy(log_scores).to(device).flatten(2), filters, steps)
     return list(probabilities.view(log_scores.shape).cpu().numpy())
@@ -106,8 +92,7 @@ def mean_field(
         lattices = [kernel.spread(rows) for kernel, _ in filters]
         for start in range(0, pixels, rows_at_once):
             stop = min(start + rows_at_once, pixels)
-            # Potts: to add a label's own message is to subtract those of all others, up to a
-            # constant.
+            # Potts: adding a label's own message equals subtracting all others', up to a constant.
             logits = log_scores[:, :, start:stop]
             for (kernel, weight), lattice in zip(filters, lattices, strict=True):
                 message = kernel.read(lattice, start, stop)
@@ -122,8 +107,7 @@ def _softmax(logits: Tensor) -> Tensor:
     torch.softmax and torch.sum compute the last few values of each part in another order.
     """
     exponentials = torch.exp(logits - logits.amax(dim=1, keepdim=True))
-    total = sum(exponentials.split(1, dim=1))
-    return exponentials.div_(total)
+    return exponentials.div_(sum(exponentials.split(1, dim=1)))
 
 
 @lru_cache(CACHED_SIZES)
@@ -140,12 +124,8 @@ def _bilateral_filter(image: Tensor, sxy: float, srgb: float) -> GaussianFilter:
 
 def _positions(height: int, width: int, sxy: float, device: torch.device) -> Tensor:
     """x / sxy and y / sxy of each pixel, float32 2 x (H * W)."""
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    return _divided(torch.stack([x, y]).flatten(1), sxy)
+    x, y = (torch.arange(side, dtype=torch.float32, device=device) for side in (width, height))
+    return _divided(torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1), sxy)
 
 
 def _divided(numbers: Tensor, divisor: float) -> Tensor:
@@ -157,16 +137,15 @@ def _pydensecrf_inference(
     image: np.ndarray,
     log_scores: np.ndarray,
     steps: int,
-    gaussian: tuple[float, float],
-    bilateral: tuple[float, float, float],
+    gaussian: dict[str, float],
+    bilateral: dict[str, float],
 ) -> list[np.ndarray]:
     from pydensecrf.densecrf import DenseCRF2D  # optional, see requirements.txt
 
-    (gaussian_sxy, gaussian_compat), (sxy, srgb, bilateral_compat) = gaussian, bilateral
     height, width = image.shape[:2]
     model = DenseCRF2D(width, height, log_scores.shape[1])
-    model.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
-    model.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=image, compat=bilateral_compat)
+    model.addPairwiseGaussian(**gaussian)
+    model.addPairwiseBilateral(rgbim=image, **bilateral)
     # The pairwise terms are built once; only the unary term differs between the sets.
     results = []
     for unary in -log_scores:

@@ -6,7 +6,6 @@ import numpy as np
 
 # The label of ignored pixels in every index image (VOC's "void").
 VOID = 255
-NUM_PALETTE_COLOURS = 256
 
 
 def index_image(local_label: np.ndarray, classes: Sequence[int]) -> np.ndarray:
@@ -20,8 +19,8 @@ def voc_palette() -> list[int]:
     Bits 0, 3, 6, ... of an index are red's bits from the highest down; 1, 4, 7, ... are green's;
     2, 5, 8, ... are blue's (the VOC development kit's colour map).
     """
-    index = np.arange(NUM_PALETTE_COLOURS)
-    palette = np.zeros((NUM_PALETTE_COLOURS, 3), np.uint8)
+    index = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
     for position in range(8):
         for channel in range(3):
             bit = (index >> (3 * position + channel)) & 1

@@ -6,7 +6,7 @@ the power takes far fewer products than its exponent: T is similar to a symmetri
 eigenvalues in [-1, 1], where a short series of Chebyshev polynomials approximates x^n to any
 accuracy (Sachdeva and Vishnoi, "Faster algorithms via approximation theory", 2014, theorem 3.3).
 
-All is computed in float64. In float32 the rounding of T's entries, the same in every step, adds up
+All is computed in float64. In float32, the rounding of T's entries, the same in every step, adds up
 over 256 steps to a few 1e-5, also in the dense form; float64 is no slower here.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from tool.affinity import pair_offsets, source_grid
 
-# PyTorch warns that sparse tensors are in beta; only products of CSR matrices and vectors are used.
+# Only products of CSR matrices and vectors are used.
 warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
 
 # The part of the series' coefficients that may be left out (they sum to one); 256 steps then take
-# 90 products. It bounds the error in the norm in which T is symmetric. The error of a single score,
-# relative to the largest score, is up to about 20 times as much.
+# 90 products. It bounds the error in the norm in which T is symmetric; the error of a single score,
+# relative to the largest, is up to about 20 times as much.
 TOLERANCE = 1e-8
 
 
@@ -40,19 +40,13 @@ def background_map(maps: Tensor, alpha: float) -> Tensor:
 
 
 def transition_matrix(
-    affinity: Tensor,
-    height: int,
-    width: int,
-    radius: int,
-    beta: float,
-    full_graph: bool = False,
+    affinity: Tensor, height: int, width: int, radius: int, beta: float, full_graph: bool = False
 ) -> Tensor:
     """T of eq. (10), sparse: affinities to the power beta, each column divided by its sum.
 
-    ``affinity`` is offsets x sources, the pairs of a height x width grid as
-    ``tool.affinity.pair_affinity`` returns them with the same ``full_graph``. A pair counts in both
-    directions, and every cell has affinity 1 with itself. Returns N x N with N = height * width,
-    CSC, float64, on the affinity's device.
+    ``affinity`` is offsets x sources, as ``tool.affinity.pair_affinity`` returns it with the same
+    ``full_graph``. A pair counts in both directions, and every cell has affinity 1 with itself.
+    Returns N x N with N = height * width, CSC, float64, on the affinity's device.
     """
     offsets = pair_offsets(radius)
     weights = affinity.double() ** beta
@@ -67,8 +61,7 @@ def transition_matrix(
 def _column_stochastic(weights: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
     """Symmetric weights, offsets x h x w at each pair's source, zero where there is no pair -> T.
 
-    Entries are built as cells x neighbours, a cell's neighbours in row-major order. That is CSC's
-    order, so nothing has to be sorted.
+    Entries are built as cells x neighbours, both in row-major order: CSC needs no sorting then.
     """
     height, width = weights.shape[-2:]
     device = weights.device
@@ -88,13 +81,12 @@ def _column_stochastic(weights: Tensor, offsets: list[tuple[int, int]]) -> Tenso
     ends = F.pad(present.sum(dim=1).cumsum(0), (1, 0))
     entries = entries / entries.sum(dim=1, keepdim=True)
     # The sparse libraries compute with int32 indices and would convert others in every product.
-    return torch.sparse_csc_tensor(
-        ends.int(),
-        neighbours.t()[present].int(),
-        entries[present],
-        (len(cells), len(cells)),
-        check_invariants=False,
-    )
+    return _square_csc(ends.int(), neighbours.t()[present].int(), entries[present])
+
+
+def _square_csc(ends: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
+    size = (len(ends) - 1, len(ends) - 1)
+    return torch.sparse_csc_tensor(ends, rows, entries, size, check_invariants=False)
 
 
 def chebyshev_coefficients(steps: int, tolerance: float) -> list[float]:
@@ -105,8 +97,7 @@ def chebyshev_coefficients(steps: int, tolerance: float) -> list[float]:
     bounds the error; those kept are scaled to sum to one again.
     """
     degrees = np.arange(steps % 2, steps + 1, 2)
-    # The ratio of each coefficient to the one before. Products from the middle binomial outwards do
-    # not overflow.
+    # Each coefficient by the one before. Products from the middle binomial on do not overflow.
     ratios = (steps - degrees[:-1]) / (steps + degrees[:-1] + 2)
     kept = np.concatenate([[1.0], np.cumprod(ratios)])
     if steps % 2 == 0:
@@ -134,10 +125,7 @@ def propagate_together(
     steps: int,
     tolerance: float = TOLERANCE,
 ) -> list[Tensor]:
-    """``propagate`` for several images as one system, since small products are slow on CUDA.
-
-    Images may differ in size and in their number of maps.
-    """
+    """``propagate`` for images of any sizes as one system: small products are slow on CUDA."""
     columns = max(len(maps) for maps in map_sets)
     vectors = [F.pad(maps.flatten(1).t(), (0, columns - len(maps))) for maps in map_sets]
     # A step replaces each cell by a weighted mean: the rows of the transpose sum to one.
@@ -160,13 +148,7 @@ def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:
         rows.append(matrix.row_indices() + first_cell)
         entries.append(matrix.values())
         first_cell += len(matrix)
-    return torch.sparse_csc_tensor(
-        torch.cat(ends),
-        torch.cat(rows),
-        torch.cat(entries),
-        (first_cell, first_cell),
-        check_invariants=False,
-    )
+    return _square_csc(torch.cat(ends), torch.cat(rows), torch.cat(entries))
 
 
 def _power(matrix: Tensor, vectors: Tensor, steps: int, tolerance: float) -> Tensor:
@@ -200,8 +182,7 @@ def walk_trace(seeds: Tensor, transition: Tensor, logt: int) -> dict[int, Tensor
     scores = propagate(seeds, transition, 1)
     trace = {0: seeds, 1: scores}
     for power in range(logt):
-        # Doubles the number of steps.
-        scores = propagate(scores, transition, 2**power)
+        scores = propagate(scores, transition, 2**power)  # doubles the number of steps
         trace[2 ** (power + 1)] = scores
     return trace
 
@@ -209,8 +190,7 @@ def walk_trace(seeds: Tensor, transition: Tensor, logt: int) -> dict[int, Tensor
 def walk_seeds(maps: Tensor, alpha: float, stride: int) -> Tensor:
     """The walk's initial scores: the background and the class maps, pooled to the feature grid.
 
-    ``maps`` is K x H x W, the present classes; returns
-    (K + 1) x ceil(H/stride) x ceil(W/stride), the background first.
+    ``maps`` is K x H x W; returns (K + 1) x ceil(H/stride) x ceil(W/stride), the background first.
     """
     scores = torch.cat([background_map(maps, alpha)[None], maps])
     # The background map is padded with zeros, too (released code).

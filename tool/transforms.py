@@ -5,18 +5,16 @@ import zlib
 import numpy as np
 from PIL import Image
 
-# Augmentation of both training stages (released code): range of brightness, contrast and
-# saturation around 1, and of hue around 0.
+# Ranges of brightness, contrast and saturation around 1, and of hue around 0 (released code).
 JITTER_STRENGTH = 0.3
 JITTER_HUE = 0.1
 
+# (Rows, columns) in the image, and (rows, columns) on the canvas.
+Box = tuple[tuple[slice, slice], tuple[slice, slice]]
+
 
 def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
-    """The generator of one image's augmentation in one epoch.
-
-    It depends on these three alone: the number of loader workers and the order of the images do
-    not change what is drawn.
-    """
+    """The generator of an image's augmentation in one epoch; depends on these three alone."""
     return np.random.default_rng([seed, epoch, zlib.crc32(image_id.encode())])
 
 
@@ -68,43 +66,32 @@ def flip(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[:, ::-1])
 
 
-def crop_box(
-    height: int, width: int, crop_size: int, rng: np.random.Generator
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """A random crop: its (rows, columns) in the image, and its (rows, columns) on the canvas.
+def crop_box(height: int, width: int, crop_size: int, rng: np.random.Generator) -> Box:
+    """A random crop of an image for a canvas of crop_size x crop_size pixels.
 
-    The canvas is crop_size x crop_size pixels. A longer side of the image is cut at a uniformly
-    drawn position; a shorter one is put at a uniformly drawn position on the canvas.
+    A longer side of the image is cut at a uniformly drawn position; a shorter one is put at a
+    uniformly drawn position on the canvas.
     """
-    rows_from, rows_to = _crop_side(height, crop_size, rng)
-    columns_from, columns_to = _crop_side(width, crop_size, rng)
-    return (rows_from, columns_from), (rows_to, columns_to)
+    rows = _overlap(height, crop_size, int(rng.integers(abs(height - crop_size) + 1)))
+    columns = _overlap(width, crop_size, int(rng.integers(abs(width - crop_size) + 1)))
+    return (rows[0], columns[0]), (rows[1], columns[1])
 
 
-def _crop_side(length: int, crop_size: int, rng: np.random.Generator) -> tuple[slice, slice]:
+def centre_box(height: int, width: int, crop_size: int) -> Box:
+    """Like ``crop_box``, with the image's centre on the canvas's centre."""
+    rows = _overlap(height, crop_size, abs(height - crop_size) // 2)
+    columns = _overlap(width, crop_size, abs(width - crop_size) // 2)
+    return (rows[0], columns[0]), (rows[1], columns[1])
+
+
+def _overlap(length: int, crop_size: int, position: int) -> tuple[slice, slice]:
+    """One side's slices of image and canvas; that of the longer one starts at ``position``."""
     size = min(length, crop_size)
-    slack = abs(length - crop_size)
-    position = int(rng.integers(slack + 1))
     start, canvas_start = (position, 0) if length > crop_size else (0, position)
     return slice(start, start + size), slice(canvas_start, canvas_start + size)
 
 
-def centre_box(
-    height: int, width: int, crop_size: int
-) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Like ``crop_box``, with the image's centre on the canvas's centre."""
-    rows_from, rows_to = _centre_side(height, crop_size)
-    columns_from, columns_to = _centre_side(width, crop_size)
-    return (rows_from, columns_from), (rows_to, columns_to)
-
-
-def _centre_side(length: int, crop_size: int) -> tuple[slice, slice]:
-    size = min(length, crop_size)
-    start, canvas_start = max(0, length - crop_size) // 2, max(0, crop_size - length) // 2
-    return slice(start, start + size), slice(canvas_start, canvas_start + size)
-
-
-def crop_to_canvas(array: np.ndarray, box: tuple, crop_size: int) -> np.ndarray:
+def crop_to_canvas(array: np.ndarray, box: Box, crop_size: int) -> np.ndarray:
     """The box of H x W (x C) on a canvas of zeros, crop_size x crop_size (x C), of its dtype."""
     source, target = box
     canvas = np.zeros((crop_size, crop_size, *array.shape[2:]), array.dtype)
