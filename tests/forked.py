@@ -1,8 +1,7 @@
 """Runs programs in processes of their own, forked from one that has imported torch already.
 
-    python tests/forked.py '[{"command": "train_cls --lr 0.1", "cwd": DIR, ...}, ...]'
-
-Runs are made one after the other. Each may have
+``run_forked(run, ...)`` makes the runs one after the other. Each is a dict with "command" and
+"cwd", and may have
 
 ``ranks``: so many processes, which find each other as under torchrun;
 ``copies``: so many processes at once, which do not know of each other;
@@ -11,12 +10,14 @@ its n-th step, or when its n-th file is complete but for its name; with ``at_ran
 ``dropout`` False: no dropout;
 ``seen``: a folder where each rank writes what it trained on, see ``_record``.
 
-Prints a JSON list with a list for each run: of each rank [exit code, stdout, stderr]; a negative
-code is the signal that it died of.
-
-pytest's own process must not be forked: it has computed gradients, and may have used CUDA.
+pytest's own process must not be forked: it has computed gradients, and may have used CUDA. So a
+server, which is started once, reads a JSON list of runs from each line of stdin, and prints a list
+with a list for each run: of each rank [exit code, stdout, stderr]; a negative code is the signal
+that it died of.
 """
 
+import atexit
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +36,36 @@ TESTS = Path(__file__).resolve().parent
 
 def run_forked(*runs: dict) -> list[list[list]]:
     """The outcomes of the runs, by run and rank: [exit code, stdout, stderr]."""
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(runs, default=str)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=200,
-    )
-    return json.loads(done.stdout)
+    server = _server()
+    print(json.dumps(runs, default=str), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
 
 
-def _signal_self(number: int, owner: Any, name: str, at_call: int) -> None:
-    """Have this process send itself a signal before the n-th call of a function from now on."""
+@cache
+def _server() -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+    atexit.register(server.communicate)  # closes its stdin, and waits for its end
+    return server
+
+
+def at_call(owner: Any, name: str, number: int, act: Callable, replace: Callable = setattr) -> None:
+    """Call ``act`` before the n-th call of a function from now on; replace(owner, name, new)."""
     function, calls = getattr(owner, name), 0
 
     def counted(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == at_call:
-            os.kill(os.getpid(), number)
+        if calls == number:
+            act()
         return function(*args, **kwargs)
 
-    setattr(owner, name, counted)
+    replace(owner, name, counted)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _record(path: Path) -> None:
@@ -77,11 +87,12 @@ def _record(path: Path) -> None:
         return forward_levels(self, x)
 
     def recorded_dropout(x, p, training):
-        y = dropout2d(x, p, training)
         if training:
-            steps[-1]["kept"] = digest(dropout2d(torch.ones(1, 64, 1, 1), p, True))
+            state = torch.get_rng_state()
+            steps[-1]["kept"] = digest(dropout2d(torch.ones(*x.shape[:2], 1, 1), p, True))
             path.write_text(json.dumps(steps))
-        return y
+            torch.set_rng_state(state)
+        return dropout2d(x, p, training)
 
     Backbone.forward_levels, F.dropout2d = recorded_levels, recorded_dropout
 
@@ -98,10 +109,10 @@ def _become_rank(run: dict, rank: int, port: int, folder: str) -> None:
             os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_PORT=str(port))
         if "signal" in run and run.get("at_rank", rank) == rank:
             number = getattr(signal, run["signal"])
+            owner, name, key = os, "replace", "at_rename"
             if "at_step" in run:
-                _signal_self(number, torch.optim.SGD, "step", run["at_step"])
-            else:
-                _signal_self(number, os, "replace", run["at_rename"])
+                owner, name, key = torch.optim.SGD, "step", "at_step"
+            at_call(owner, name, run[key], lambda: os.kill(os.getpid(), number))
         if not run.get("dropout", True):
             torch.nn.functional.dropout2d = lambda x, *_: x
         if "seen" in run:
@@ -124,13 +135,11 @@ def _run(run: dict) -> list[list]:
             if not child:
                 _become_rank(run, rank, port, folder)
             children.append(child)
-        outcomes = []
-        for rank, child in enumerate(children):
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            outcomes.append(
-                [code, "", ""] if code else json.loads(Path(folder, str(rank)).read_text())
-            )
-    return outcomes
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return [
+            [code, "", ""] if code else json.loads(Path(folder, str(rank)).read_text())
+            for rank, code in enumerate(codes)
+        ]
 
 
 if __name__ == "__main__":
@@ -144,4 +153,7 @@ if __name__ == "__main__":
     import train_cls  # noqa: F401
 
     torch.set_num_threads(1)
-    print(json.dumps([_run(run) for run in json.loads(sys.argv[1])]))
+    for line in sys.stdin:
+        signal.alarm(200)  # seconds; it ends the server, and the test with it
+        print(json.dumps([_run(run) for run in json.loads(line)]), flush=True)
+        signal.alarm(0)

@@ -8,13 +8,11 @@
     ... --stages infer_aff evaluate          run these stages only
 
 The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. To continue after
-an interruption, repeat the command without --from: a training continues from its .ckpt and is
-skipped where its .pth is complete, inference skips finished images, the rest is quick and runs
-again. After a change of settings, name the first stage that it concerns by --from.
+an interruption, repeat the command without --from: finished trainings and images are skipped. After
+a change of settings, name the first stage that it concerns by --from.
 
-In --out_dir: lists/, cls.pth, aff.pth and their .log, the folders cam, la_crf, ha_crf and rw, the
-scores cam_train.json, ..., and our mIoU beside the published one in results.md and results.json:
-{"cam": {"train": {"miou", "images", "missing", "published"}, "val": ...}, "rw": ..., "notes": ...}.
+--out_dir gets lists/, cls.pth, aff.pth and their .log, the folders cam, la_crf, ha_crf and rw, the
+scores cam_train.json, ..., and our mIoU beside the published one in results.md and results.json.
 Labels are made and scored on train and val; training takes train_aug, or train where the devkit has
 no augmented masks.
 """
@@ -27,9 +25,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from tool.files import atomic_write
 from tool.run import cli
@@ -46,28 +42,25 @@ OUTPUTS = {
     "train_aff": ("aff.pth", "aff.ckpt"),
     "infer_aff": ("rw/*",),
 }
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 RUN_FLAGS = re.compile(r" --(device|num_workers) \S+")  # a training's result is the same
 
 # The stages' commands, besides the flags that all commands or all programs share.
 COMMANDS = (
     "prepare --out_dir {lists}",
-    "train_cls --weights {weights} --train_list {train_list} --val_list {lists}/val.txt "
+    "train_cls --weights {weights} --train_list {train_list} --val_list {val} "
     "--label_file {labels} --session_name {out}/cls",
     "infer_cls --weights {out}/cls.pth --infer_list {train_list} --label_file {labels} "
     "--out_cam {out}/cam --out_la_crf {out}/la_crf --out_ha_crf {out}/ha_crf",
-    "infer_cls --weights {out}/cls.pth --infer_list {lists}/val.txt --label_file {labels} "
+    "infer_cls --weights {out}/cls.pth --infer_list {val} --label_file {labels} "
     "--out_cam {out}/cam",
     "train_aff --weights {aff_weights} --train_list {train_list} "
     "--la_crf_dir {out}/la_crf --ha_crf_dir {out}/ha_crf --session_name {out}/aff",
-    "infer_aff --weights {out}/aff.pth --infer_list {lists}/train.txt "
-    "--cam_dir {out}/cam --out_rw {out}/rw",
-    "infer_aff --weights {out}/aff.pth --infer_list {lists}/val.txt "
-    "--cam_dir {out}/cam --out_rw {out}/rw",
-    "evaluate --list {lists}/train.txt --cam {out}/cam --json {out}/cam_train.json",
-    "evaluate --list {lists}/val.txt --cam {out}/cam --json {out}/cam_val.json",
-    "evaluate --list {lists}/train.txt --pred {out}/rw --json {out}/rw_train.json",
-    "evaluate --list {lists}/val.txt --pred {out}/rw --json {out}/rw_val.json",
+    "infer_aff --weights {out}/aff.pth --infer_list {train} --cam_dir {out}/cam --out_rw {out}/rw",
+    "infer_aff --weights {out}/aff.pth --infer_list {val} --cam_dir {out}/cam --out_rw {out}/rw",
+    "evaluate --list {train} --cam {out}/cam --json {out}/cam_train.json",
+    "evaluate --list {val} --cam {out}/cam --json {out}/cam_val.json",
+    "evaluate --list {train} --pred {out}/rw --json {out}/rw_train.json",
+    "evaluate --list {val} --pred {out}/rw --json {out}/rw_val.json",
 )
 
 # What the networks are trained and run with. The published figures were made with these of vgg16
@@ -95,22 +88,14 @@ PUBLISHED = {
     "vgg16": {"cam": (48.9, 46.6), "rw": (59.6, 54.0)},
     "resnet38": {"cam": (47.7, 47.2), "rw": (61.0, 60.2)},
 }
-SPLIT_RULES = (
-    "VOC 2012: scores are of train (1,464 images) and val (1,449) against SegmentationClass.",
-    "VOC 2012: labels to train a segmenter with are made on train_aug (10,582 images).",
-)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     recipes = ["recipes (--train_cls_args and so on override them flag by flag):"]
     for network, programs in RECIPES.items():
         recipes += [f"  {network}", *(f"    {name}  {flags}" for name, flags in programs.items())]
-    parser = argparse.ArgumentParser(
-        "python3 -m tool.pipeline",
-        description=__doc__,
-        epilog="\n".join(recipes),
-        formatter_class=cli.help_formatter,
-    )
+    form = {"epilog": "\n".join(recipes), "formatter_class": cli.help_formatter}
+    parser = argparse.ArgumentParser("python3 -m tool.pipeline", description=__doc__, **form)
     add = parser.add_argument
     add("--voc12_root", required=True, help="the devkit's folder VOC2012")
     add("--network", required=True, choices=sorted(RECIPES), help="backbone of both networks")
@@ -123,51 +108,32 @@ def get_args_parser() -> argparse.ArgumentParser:
         text = f"further flags of {program}.py; they override the network's recipe"
         add(f"--{program}_args", type=shlex.split, metavar="'--FLAG VALUE ...'", help=text)
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument(
-        "--stages",
-        nargs="+",
-        choices=STAGES,
-        metavar="STAGE",
-        help="run these only (default: all); a complete training is skipped here, too",
-    )
-    chosen.add_argument(
-        "--from",
-        dest="first_stage",
-        choices=STAGES,
-        metavar="STAGE",
-        help="remove the outputs of this and all later stages, and make them again",
-    )
+    stage = {"choices": STAGES, "metavar": "STAGE"}
+    text = "run these only (default: all); a complete training is skipped here, too"
+    chosen.add_argument("--stages", nargs="+", **stage, help=text)
+    text = "remove the outputs of this and all later stages, and make them again"
+    chosen.add_argument("--from", dest="first_stage", **stage, help=text)
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     cli.add_run_arguments(parser)
     return parser
 
 
-class Step(NamedTuple):
-    """One command: ``python3 <words>``."""
-
-    stage: str
-    words: list[str]
-
-
-def recipe(args: argparse.Namespace, program: str) -> list[str]:
-    """The flags of the network's recipe and, overriding them, the user's."""
-    return RECIPES[args.network][program].split() + (getattr(args, f"{program}_args") or [])
-
-
-def steps(args: argparse.Namespace) -> list[Step]:
-    """The commands of the stages that the command line names."""
+def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """What the command line asks for, as (stage, words): the command is ``python3 <words>``."""
     first = STAGES.index(args.first_stage) if args.first_stage else 0
     stages = args.stages or STAGES[first:]
     out = Path(args.out_dir)
     lists = Path(args.list_dir or out / "lists")
-    augmented = lists / "train_aug.txt"
+    train, augmented = lists / "train.txt", lists / "train_aug.txt"
     is_made = not args.list_dir and Path(args.voc12_root, "SegmentationClassAug").is_dir()
     aff_default = out / "cls.pth" if args.weights == FRESH else args.weights
-    places = {
+    paths = {
         "out": out,
         "lists": lists,
+        "train": train,
+        "val": lists / "val.txt",
         "labels": lists / "cls_labels.npy",
-        "train_list": augmented if is_made or augmented.exists() else lists / "train.txt",
+        "train_list": augmented if is_made or augmented.exists() else train,
         "weights": args.weights,
         "aff_weights": args.aff_weights or aff_default,
     }
@@ -175,31 +141,32 @@ def steps(args: argparse.Namespace) -> list[Step]:
     workers = ["--num_workers", str(args.num_workers)]
     chosen = []
     for command in COMMANDS:
-        stage, *flags = (word.format(**places) for word in command.split())
+        stage, *flags = (word.format(**paths) for word in command.split())
         if stage in PROGRAMS:
             file = os.path.relpath(REPOSITORY / f"{stage}.py")
             words = [file, "--network", f"network.{args.network}_{stage[-3:]}", *data, *flags]
             words += ["--device", args.device, "--seed", str(args.seed), *workers]
-            words += recipe(args, stage)
+            words += RECIPES[args.network][stage].split()
+            words += getattr(args, f"{stage}_args") or []  # the last of equal flags counts
         else:
             words = ["-m", f"voc12.{stage}", *data, *flags]
             words += workers if stage == "evaluate" else []
         if stage in stages and not (stage == "prepare" and args.list_dir):
-            chosen.append(Step(stage, words))
+            chosen.append((stage, words))
     return chosen
 
 
-def is_complete(args: argparse.Namespace, step: Step) -> bool:
-    """Whether the step is a training that has ended; prints a line if so."""
-    session = Path(args.out_dir, step.stage.removeprefix("train_"))
+def is_complete(args: argparse.Namespace, stage: str, words: list[str]) -> bool:
+    """Whether a command is a training that has ended; prints a line if so."""
+    session = Path(args.out_dir, stage.removeprefix("train_"))
     weights = session.with_suffix(".pth")
     if not weights.exists() or session.with_suffix(".ckpt").exists():
         return False
-    print(f"# {step.stage} is skipped: {weights} is complete; --from {step.stage} trains again")
+    print(f"# {stage} is skipped: {weights} is complete; --from {stage} trains again")
     log = session.with_suffix(".log")  # its first line is the training's command
     line = log.read_text("utf-8").partition("\n")[0] if log.exists() else ""
-    _, program, flags = line.partition(f"{step.stage}.py ")
-    if program and RUN_FLAGS.sub("", flags) != RUN_FLAGS.sub("", shlex.join(step.words[1:])):
+    _, program, flags = line.partition(f"{stage}.py ")
+    if program and RUN_FLAGS.sub("", flags) != RUN_FLAGS.sub("", shlex.join(words[1:])):
         print(f"# warning: it was made by another command: {program}{flags}")
     return True
 
@@ -214,9 +181,9 @@ def remove_outputs(args: argparse.Namespace, stage: str) -> None:
             file.unlink()
 
 
-def require_flags(args: argparse.Namespace, todo: Sequence[Step]) -> None:
+def require_flags(args: argparse.Namespace, words_of: dict[str, list[str]]) -> None:
     """Raise UsageError if a program does not take the user's flags: now, not days later."""
-    for stage, words in dict(todo).items():
+    for stage, words in words_of.items():
         if not getattr(args, f"{stage}_args", None):
             continue
         parse = f"import {stage}; {stage}.get_args_parser().parse_args()"
@@ -233,8 +200,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run(step: Step) -> None:
-    """Run a command; raises DataError if it fails.
+def run(stage: str, words: list[str]) -> None:
+    """Run a stage's command; raises DataError if it fails.
 
     SIGINT, SIGTERM and SIGHUP are passed on to it; when it has ended, Interrupted is raised.
     """
@@ -246,14 +213,13 @@ def run(step: Step) -> None:
         if process:
             process.send_signal(number)
 
-    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    handlers = {number: signal.signal(number, forward) for number in numbers}
     try:
-        for number, handler in handlers.items():
-            if handler != signal.SIG_IGN:  # what nohup ignores stays ignored
-                signal.signal(number, forward)
         # In a session of its own, so that Ctrl-C at a terminal reaches it once, through us.
-        command = [sys.executable, *step.words]
+        command = [sys.executable, *words]
         process = subprocess.Popen(command, env=environment(), start_new_session=True)
         if received:  # before there was a process
             process.send_signal(received[0])
@@ -262,23 +228,24 @@ def run(step: Step) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if received:
-        raise Interrupted(
-            received[0], f"{step.stage} has ended; repeat without --from to continue."
-        )
+        hint = "repeat without --from to continue."
+        raise Interrupted(received[0], f"{stage} has ended; {hint}")
     if code:
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         if code == cli.EXIT_USAGE:
-            how += f"; if you changed its settings, add --from {step.stage}"
-        raise DataError(f"{step.stage}, the last command above, failed ({how}).")
+            how += f"; if you changed its settings, add --from {stage}"
+        raise DataError(f"{stage}, the last command above, failed ({how}).")
 
 
 def results(args: argparse.Namespace) -> tuple[dict, str]:
     """What results.json and results.md hold; raises OSError if a split was not evaluated."""
     theirs = {} if args.classes else PUBLISHED.get(args.network, {})
     scores: dict[str, dict] = {"cam": {}, "rw": {}}
-    lines = [f"mIoU in per cent, {args.network}.", ""]
-    lines += ["| stage | split | ours | images | published | difference |"]
-    lines += ["|---|---|--:|--:|--:|--:|"]
+    lines = [
+        f"mIoU in per cent, {args.network}.\n",
+        "| stage | split | ours | images | published | difference |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for stage, title in (("cam", "CAM"), ("rw", "random walk")):
         for split, published in zip(("train", "val"), theirs.get(stage, (None, None)), strict=True):
             content = json.loads(Path(args.out_dir, f"{stage}_{split}.json").read_text())
@@ -293,7 +260,10 @@ def results(args: argparse.Namespace) -> tuple[dict, str]:
 
 def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
     """What one must know to read the table: the splits, and how the run differs from the recipe."""
-    notes = list(SPLIT_RULES)
+    notes = [
+        "VOC 2012: scores are of train (1,464 images) and val (1,449) against SegmentationClass.",
+        "VOC 2012: labels to train a segmenter with are made on train_aug (10,582 images).",
+    ]
     for program in PROGRAMS:
         if flags := getattr(args, f"{program}_args"):
             notes.append(f"Not the network's recipe: {program} was run with {shlex.join(flags)}.")
@@ -305,18 +275,17 @@ def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    chosen = steps(args)
-    require_flags(args, chosen)
+    todo = commands(args)
+    require_flags(args, dict(todo))
     if args.first_stage:
-        for stage in dict(chosen):
+        for stage in dict(todo):
             remove_outputs(args, stage)
-        todo = chosen
     else:
-        todo = [step for step in chosen if not is_complete(args, step)]
-    for step in todo:
-        print(f"\n$ python3 {shlex.join(step.words)}", flush=True)
+        todo = [(stage, words) for stage, words in todo if not is_complete(args, stage, words)]
+    for stage, words in todo:
+        print(f"\n$ python3 {shlex.join(words)}", flush=True)
         if not args.dry_run:
-            run(step)
+            run(stage, words)
     if args.dry_run or "evaluate" not in dict(todo):
         return
     content, text = results(args)

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +17,16 @@ from tool.crf import background_and_maps, dense_crf
 from tool.random_walk import propagate, transition_matrix
 from tool.run.devices import wait_for
 
-# The released code's radius, exponent of the affinities, number of squarings, and exponents of the
-# background.
+# The released code's radius, exponent of the affinities, and number of squarings.
 RADIUS, BETA, LOGT = 5, 8, 8
-LOW_ALPHA, HIGH_ALPHA = 4, 32
+ALPHAS = (4, 32)  # its exponents of the background
+
+# Ways to compute the same tensors on inputs that are ready: "baseline", "ours", and "exact" where
+# the baseline's rounding would hide the difference.
+Sides = dict[str, Callable[[], Sequence[Tensor]]]
 
 
-class Contest(NamedTuple):
-    """Two ways to compute the same tensors on inputs that are ready.
-
-    ``exact`` is a third way, where the baseline's rounding would hide the difference.
-    """
-
-    baseline: Callable[[], Sequence[Tensor]]
-    ours: Callable[[], Sequence[Tensor]]
-    exact: Callable[[], Sequence[Tensor]] | None = None
-
-
-def random_walk(args: argparse.Namespace, device: torch.device) -> Contest:
+def random_walk(args: argparse.Namespace, device: torch.device) -> Sides:
     """Stage 4 after the network: affinities of a grid's cells, maps -> walked maps.
 
     The baseline fills a dense N x N matrix and squares it 8 times.
@@ -66,10 +57,10 @@ def random_walk(args: argparse.Namespace, device: torch.device) -> Contest:
         matrix = transition_matrix(affinities.double(), height, width, RADIUS, BETA)
         return [propagate(maps, matrix, 2**LOGT, tolerance=0)]
 
-    return Contest(baseline, ours, exact)
+    return {"baseline": baseline, "ours": ours, "exact": exact}
 
 
-def affinity(args: argparse.Namespace, device: torch.device) -> Contest:
+def affinity(args: argparse.Namespace, device: torch.device) -> Sides:
     """AffinityNet's head: features -> pair affinities, and the gradient of a weighted sum of them.
 
     The baseline gathers the features of both cells of every pair.
@@ -91,27 +82,29 @@ def affinity(args: argparse.Namespace, device: torch.device) -> Contest:
         (gradient,) = torch.autograd.grad((affinities * weights).sum(), features)
         return [affinities.detach(), gradient]
 
-    return Contest(
-        lambda: with_gradient(gather),
-        lambda: with_gradient(lambda features: pair_affinity(features, RADIUS)),
-    )
+    return {
+        "baseline": lambda: with_gradient(gather),
+        "ours": lambda: with_gradient(lambda features: pair_affinity(features, RADIUS)),
+    }
 
 
-def crf(args: argparse.Namespace, device: torch.device) -> Contest:
+def crf(args: argparse.Namespace, device: torch.device) -> Sides:
     """The dense CRF of one image with two alphas: labels' scores -> probabilities.
 
     The baseline is pydensecrf, which takes one core and one alpha after the other.
     """
-    size = (args.height, args.width)
-    image = photograph_like(*size)
-    maps = _noise(args.labels, 64, size)[1:].sigmoid().numpy()
-    score_sets = [background_and_maps(maps, alpha) for alpha in (LOW_ALPHA, HIGH_ALPHA)]
+    image = photograph_like(args.height, args.width)
+    maps = _noise(args.labels - 1, 64, args.height, args.width).sigmoid().numpy()
+    score_sets = [background_and_maps(maps, alpha) for alpha in ALPHAS]
 
     def probabilities(backend: str) -> list[Tensor]:
         results = dense_crf(image, score_sets, backend=backend, device=device)
         return [torch.from_numpy(result) for result in results]
 
-    return Contest(lambda: probabilities("pydensecrf"), lambda: probabilities("torch"))
+    return {
+        "baseline": lambda: probabilities("pydensecrf"),
+        "ours": lambda: probabilities("torch"),
+    }
 
 
 def photograph_like(height: int, width: int) -> np.ndarray:
@@ -122,58 +115,49 @@ def photograph_like(height: int, width: int) -> np.ndarray:
     """
     image = torch.full((3, height, width), 128.0)
     for scale in (2, 4, 8, 16, 32, 64, 128):
-        amplitude = (scale / 128) ** 0.5
-        gray, colour = _noise(4, scale, (height, width)).split([1, 3])
-        image += amplitude * (40 * gray + 12 * colour)
+        gray, colour = _noise(4, scale, height, width).split([1, 3])
+        image += (scale / 128) ** 0.5 * (40 * gray + 12 * colour)
     return image.clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def _noise(channels: int, scale: int, size: tuple[int, int]) -> Tensor:
+def _noise(channels: int, scale: int, height: int, width: int) -> Tensor:
     """Normal noise that changes over ``scale`` pixels: channels x H x W."""
-    grid = [side // scale + 2 for side in size]
-    coarse = torch.randn(1, channels, *grid)
-    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)[0]
+    coarse = torch.randn(1, channels, height // scale + 2, width // scale + 2)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0]
 
 
-def compare(contest: Contest, repeats: int, device: torch.device) -> dict[str, float]:
+def compare(sides: Sides, repeats: int, device: torch.device) -> dict[str, float]:
     """Times of both sides, in turns after a first run each, and the difference of their results."""
     results, times = {}, {"baseline": [], "ours": []}
     for _ in range(1 + repeats):
         for side, seconds in times.items():
             start = time.perf_counter()
-            results[side] = getattr(contest, side)()
+            results[side] = sides[side]()
             wait_for(device)
             seconds.append(time.perf_counter() - start)
     figures = {f"{side}_s": statistics.median(seconds[1:]) for side, seconds in times.items()}
     figures["speedup"] = figures["baseline_s"] / figures["ours_s"]
-    expected = contest.exact() if contest.exact else results["baseline"]
+    expected = sides["exact"]() if "exact" in sides else results["baseline"]
     figures["max_rel_diff"] = largest_difference(results["ours"], expected)
-    if contest.exact:
-        figures["baseline_max_rel_diff"] = largest_difference(results["baseline"], expected)
+    figures["baseline_max_rel_diff"] = largest_difference(results["baseline"], expected)
     return figures
 
 
 def largest_difference(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Relative to the largest value of the expected tensor."""
-    return max(
-        ((tensor - wanted).abs().max() / wanted.abs().max()).item()
-        for tensor, wanted in zip(tensors, expected, strict=True)
-    )
+    pairs = zip(tensors, expected, strict=True)
+    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
     """By how much a call raises the peak memory of this process, or of its CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    before = _peak_kilobytes()
+
+    def peak() -> float:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device) / 2**20
+        status = Path("/proc/self/status").read_text()  # getrusage's figure is the parent's, too
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+
+    before = peak()
     run()
-    return (_peak_kilobytes() - before) / 2**10
-
-
-def _peak_kilobytes() -> int:
-    # getrusage's figure would be inherited from the parent process.
-    (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(line)
+    return peak() - before
