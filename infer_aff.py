@@ -45,7 +45,7 @@ MAX_LOGT = 20  # a million steps
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
     cli.add_inference_arguments(parser)

@@ -41,7 +41,7 @@ OUTPUT_FOLDERS = (*MAP_FOLDERS, "out_cam_pred")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_inference_arguments(parser)

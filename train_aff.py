@@ -37,7 +37,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, re
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
+    parser = cli.make_parser(__doc__)
     cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
     cli.add_training_arguments(parser, batch_size=8, epochs=8, crop_size=448)
     add_devkit_arguments(parser, labels=False)

@@ -44,7 +44,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.help_formatter)
+    parser = cli.make_parser(__doc__)
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
     add_devkit_arguments(parser)

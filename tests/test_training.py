@@ -18,11 +18,9 @@ from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import shuffled
 from tool.run.log import Log, describe_run
 from tool.run.training import (
-    Schedule,
     build_optimizer,
     end_epoch,
     finish,
-    make_schedule,
     remaining_batches,
     session_name,
     set_poly_lr,
@@ -55,11 +53,12 @@ def _losses_of(net, batch):
 def training(tmp_path):
     """``training(net, steps_per_epoch, epochs, flags)``: a run on the CPU, session ``run``."""
 
-    def start(net, steps, epochs=1, flags=""):
+    def start(net, steps, epochs=1, flags="", num_images=None):
         parser = argparse.ArgumentParser()
         add_training_arguments(parser, batch_size=2, epochs=epochs, crop_size=8)
         words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
-        return start_training(parser.parse_args(words), net, 2 * steps, CPU, {}, ["a note"])
+        num_images = num_images or 2 * steps
+        return start_training(parser.parse_args(words), net, num_images, CPU, {}, ["a note"])
 
     return start
 
@@ -113,16 +112,14 @@ def test_two_steps_equal_sgd_by_hand(training):
         assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_schedule_drops_the_last_short_batch():
-    schedule = Schedule(num_images=10_582, batch_size=16, epochs=15)
-    assert (schedule.steps_per_epoch, schedule.max_step) == (661, 661 * 15)
+def test_a_last_short_batch_is_dropped(training):
+    run = training(FourGroups(), 0, epochs=15, flags="--batch_size 16", num_images=10_582)
+    assert (run.steps_per_epoch, run.max_step) == (661, 661 * 15)
 
 
-def test_schedule_of_a_list_smaller_than_a_batch_is_a_data_error():
-    args = argparse.Namespace(train_list="few.txt", batch_size=8, max_epoches=2)
-    with pytest.raises(DataError, match=r"few\.txt.* 7 images .*batch of 8.*--batch_size"):
-        make_schedule(7, args)
-    assert make_schedule(8, args) == Schedule(8, 8, 2)
+def test_a_list_smaller_than_a_batch_is_a_data_error(training):
+    with pytest.raises(DataError, match=r"train_aug\.txt.* 7 images .*batch of 8.*--batch_size"):
+        training(FourGroups(), 0, flags="--batch_size 8", num_images=7)
 
 
 def test_session_is_named_after_the_network_unless_named():
@@ -131,17 +128,14 @@ def test_session_is_named_after_the_network_unless_named():
     assert session_name(argparse.Namespace(session_name="mine", network=network)) == "mine"
 
 
-def test_batches_follow_the_order_of_their_epoch():
-    batches = list(remaining_batches(Schedule(7, 2, 3), seed=3, step=0))
+def test_batches_follow_the_order_of_their_epoch(training):
+    run = training(FourGroups(), 0, epochs=3, flags="--seed 3", num_images=7)
+    batches = list(remaining_batches(run))
     assert [len(batch) for batch in batches] == [2] * 9
     pairs = [(epoch, index) for epoch in range(3) for index in shuffled(7, 3, epoch)[:6]]
     assert [pair for batch in batches for pair in batch] == pairs
-
-
-@pytest.mark.parametrize("step", range(10))
-def test_batches_after_a_step_are_the_rest(step):
-    rest = list(remaining_batches(Schedule(7, 2, 3), 3, 0))[step:]
-    assert list(remaining_batches(Schedule(7, 2, 3), 3, step)) == rest
+    for run.step in range(10):
+        assert list(remaining_batches(run)) == batches[run.step :]
 
 
 def test_epoch_returns_the_mean_of_each_loss(training):

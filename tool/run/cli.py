@@ -82,6 +82,11 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def make_parser(doc: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows a program's docstring, and each flag's default."""
+    return argparse.ArgumentParser(prog, description=doc, formatter_class=help_formatter)
+
+
 def help_formatter(prog: str) -> argparse.HelpFormatter:
     """Keeps the line breaks of a program's docstring and adds each flag's default."""
     return _HelpFormatter(prog, max_help_position=30, width=100)
@@ -123,37 +128,37 @@ side_length = number(int, 1, 65535)  # pixels, at most as many as a JPEG's side 
 random_seed = number(int, 0, 2**32 - 1)
 
 
-def classifier(name: str) -> ModuleType:
-    """argparse type: the module of a classifier, e.g. ``network.vgg16_cls``."""
-    return _network(name, "forward_cam", "classifier (..._cls)")
+# The method by which a network's kind is known, and what the kind is called.
+NETWORK_KINDS = {"forward_cam": "classifier (..._cls)", "forward_features": "AffinityNet (..._aff)"}
 
 
-def affinity_network(name: str) -> ModuleType:
-    """argparse type: the module of an AffinityNet, e.g. ``network.vgg16_aff``."""
-    return _network(name, "forward_features", "AffinityNet (..._aff)")
+def network(*methods: str) -> Callable[[str], ModuleType]:
+    """argparse type: a module like ``network.vgg16_cls``, whose ``Net`` has one of the methods."""
+
+    def parse(name: str) -> ModuleType:
+        # Only modules of the package ``network``: a flag must not import just anything.
+        package, _, module = name.rpartition(".")
+        if package not in ("", "network") or not module.isidentifier():
+            raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
+        try:
+            loaded = importlib.import_module(f"network.{module}")
+        except ModuleNotFoundError as error:
+            if error.name != f"network.{module}":  # the module is there, but lacks one of its own
+                raise
+            modules = [info.name for info in pkgutil.iter_modules(sys.modules["network"].__path__)]
+            known = ", ".join(module for module in modules if module.endswith(("_cls", "_aff")))
+            message = f"there is no network {name!r}, but {known}"
+            raise argparse.ArgumentTypeError(message) from error
+        if not any(hasattr(getattr(loaded, "Net", None), method) for method in methods):
+            kinds = " or ".join(NETWORK_KINDS[method] for method in methods)
+            raise argparse.ArgumentTypeError(f"{name!r} is no {kinds}")
+        return loaded
+
+    return parse
 
 
-def any_network(name: str) -> ModuleType:
-    """argparse type: the module of a classifier or an AffinityNet."""
-    return affinity_network(name) if name.endswith("_aff") else classifier(name)
-
-
-def _network(name: str, method: str, wanted: str) -> ModuleType:
-    # Only modules of the package ``network`` are imported: a flag must not import just anything.
-    package, _, module = name.rpartition(".")
-    if package not in ("", "network") or not module.isidentifier():
-        raise argparse.ArgumentTypeError(f"{name!r} is not a module of the package network")
-    try:
-        loaded = importlib.import_module(f"network.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != f"network.{module}":  # the module is there, but lacks one of its own
-            raise
-        modules = [info.name for info in pkgutil.iter_modules(sys.modules["network"].__path__)]
-        known = ", ".join(module for module in modules if module.endswith(("_cls", "_aff")))
-        raise argparse.ArgumentTypeError(f"there is no network {name!r}, but {known}") from error
-    if not hasattr(getattr(loaded, "Net", None), method):
-        raise argparse.ArgumentTypeError(f"{name!r} is no {wanted}")
-    return loaded
+classifier, affinity_network = network("forward_cam"), network("forward_features")
+any_network = network(*NETWORK_KINDS)
 
 
 def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, default: str) -> None:

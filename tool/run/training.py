@@ -70,51 +70,6 @@ def set_poly_lr(optimizer: torch.optim.Optimizer, step: int, max_step: int) -> N
         group["lr"] = group["base_lr"] * (1 - step / max_step) ** POLY_POWER
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps there are; a last short batch is dropped."""
-
-    num_images: int
-    batch_size: int
-    epochs: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_images // self.batch_size
-
-    @property
-    def max_step(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-
-def make_schedule(num_images: int, args: argparse.Namespace) -> Schedule:
-    """The run's schedule; raises DataError if the list does not fill one batch.
-
-    Raises UsageError if a batch does not have an image for each rank.
-    """
-    size = args.batch_size
-    if size < devices.world_size():
-        raise UsageError(f"--batch_size {size}: too small for {devices.world_size()} processes.")
-    if num_images < size:
-        raise DataError(
-            f"{args.train_list}: its {num_images} images do not fill a batch of {size}; "
-            "take a smaller --batch_size."
-        )
-    return Schedule(num_images, size, args.max_epoches)
-
-
-def remaining_batches(schedule: Schedule, seed: int, step: int) -> Iterator[list]:
-    """This rank's shard of each batch from a step (from 0) to the last, as (epoch, index) pairs.
-
-    The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
-    """
-    for next_step in range(step, schedule.max_step):
-        epoch, batch = divmod(next_step, schedule.steps_per_epoch)
-        start = batch * schedule.batch_size
-        indices = shuffled(schedule.num_images, seed, epoch)[start : start + schedule.batch_size]
-        yield [(epoch, index) for index in devices.shard(indices)]
-
-
 @dataclass
 class Training:
     """A run of either stage: its network and optimizer, and where it stands."""
@@ -123,7 +78,9 @@ class Training:
     model: nn.Module  # the network, or with several ranks what keeps its copies equal
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    schedule: Schedule
+    num_images: int
+    batch_size: int
+    epochs: int
     device: torch.device
     session: str
     settings: dict[str, str]
@@ -142,6 +99,26 @@ class Training:
     def checkpoint(self) -> Path:
         return Path(f"{self.session}.ckpt")
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.batch_size  # a last short batch is dropped
+
+    @property
+    def max_step(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+
+def remaining_batches(training: Training) -> Iterator[list]:
+    """This rank's shard of each batch of the steps to come, as (epoch, index) pairs.
+
+    The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
+    """
+    size = training.batch_size
+    for step in range(training.step, training.max_step):
+        epoch, batch = divmod(step, training.steps_per_epoch)
+        order = shuffled(training.num_images, training.seed, epoch)
+        yield [(epoch, index) for index in devices.shard(order[batch * size : (batch + 1) * size])]
+
 
 def start_training(
     args: argparse.Namespace,
@@ -154,9 +131,19 @@ def start_training(
     """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
 
     ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log.
-    Raises DataError if the checkpoint cannot be used. All ranks must call it.
+    Raises DataError if the checkpoint cannot be used or the images do not fill a batch, UsageError
+    if a batch has no image for some rank. All ranks must call it.
     """
-    session, schedule = session_name(args), make_schedule(num_images, args)
+    session, batch_size = session_name(args), args.batch_size
+    if batch_size < devices.world_size():
+        raise UsageError(
+            f"--batch_size {batch_size}: too small for {devices.world_size()} processes."
+        )
+    if num_images < batch_size:
+        raise DataError(
+            f"{args.train_list}: its {num_images} images do not fill a batch of {batch_size}; "
+            "take a smaller --batch_size."
+        )
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
     if args.weights not in WEIGHT_WORDS:
         settings["weights"] = digest_file(args.weights)
@@ -167,7 +154,9 @@ def start_training(
         optimizer=build_optimizer(net, args.lr, args.wt_dec, args.momentum),
         # float16 has so small a range that gradients must be scaled; otherwise this does nothing.
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        schedule=schedule,
+        num_images=num_images,
+        batch_size=batch_size,
+        epochs=args.max_epoches,
         device=device,
         session=session,
         settings=settings,
@@ -195,8 +184,7 @@ def start_training(
 @contextmanager
 def open_batches(training: Training, dataset: Dataset, num_workers: int) -> Iterator[Iterator[Any]]:
     """Within the block: the batches of all steps to come; signals wait for the end of a step."""
-    order = remaining_batches(training.schedule, training.seed, training.step)
-    on_gpu = training.device.type == "cuda"
+    order, on_gpu = remaining_batches(training), training.device.type == "cuda"
     with training.stop, load(dataset, order, num_workers, pin_memory=on_gpu) as batches:
         yield batches
 
@@ -211,13 +199,12 @@ def train_one_epoch(
     memory, and Interrupted after the step in which a signal came. All ranks must call it.
     """
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    schedule = training.schedule
-    end = (training.epoch + 1) * schedule.steps_per_epoch
+    end = (training.epoch + 1) * training.steps_per_epoch
     timed_from, timed_step = time.perf_counter(), training.step
     model.train()
     with _progress_bar(training, end) as bar:
         while training.step < end:
-            set_poly_lr(optimizer, training.step, schedule.max_step)
+            set_poly_lr(optimizer, training.step, training.max_step)
             optimizer.zero_grad(set_to_none=True)
             try:
                 losses = losses_of(model, next(batches))
@@ -235,10 +222,10 @@ def train_one_epoch(
             training.step += 1
 
             training.pending.append({name: loss.detach() for name, loss in losses.items()})
-            bar.update(schedule.batch_size)
+            bar.update(training.batch_size)
             if training.step % training.log_every == 0 or training.step == end:
                 now = time.perf_counter()
-                images = (training.step - timed_step) * schedule.batch_size
+                images = (training.step - timed_step) * training.batch_size
                 row = _log_row(training, images / (now - timed_from))
                 timed_from, timed_step = now, training.step
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
@@ -249,10 +236,10 @@ def train_one_epoch(
 
 
 def _progress_bar(training: Training, end: int) -> tqdm:
-    size, steps = training.schedule.batch_size, training.schedule.steps_per_epoch
+    size, steps = training.batch_size, training.steps_per_epoch
     return cli.progress(
         None,
-        f"epoch {training.epoch + 1}/{training.schedule.epochs}",
+        f"epoch {training.epoch + 1}/{training.epochs}",
         total=steps * size,
         initial=(steps - end + training.step) * size,
         disable=not devices.is_main(),
@@ -303,16 +290,16 @@ def leave_if_stopped(training: Training) -> None:
         raise Interrupted(
             number,
             f"{training.checkpoint} holds the run after step {training.step} of "
-            f"{training.schedule.max_step}; the same command continues from there.",
+            f"{training.max_step}; the same command continues from there.",
         )
 
 
 def end_epoch(training: Training, summary: str) -> None:
     """Log the epoch's result, and write a checkpoint where each epoch has one."""
-    training.log.write(f"epoch {training.epoch + 1}/{training.schedule.epochs}: {summary}")
+    training.log.write(f"epoch {training.epoch + 1}/{training.epochs}: {summary}")
     training.epoch += 1
     training.losses, training.row_start = [], 0
-    if not training.save_every and training.epoch < training.schedule.epochs:
+    if not training.save_every and training.epoch < training.epochs:
         save_checkpoint(training)
 
 
