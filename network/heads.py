@@ -5,16 +5,11 @@ published weights have the layers of both at one level (``fc8.weight``, ``conv1_
 
 A backbone has:
 
-``stride``
-    pixels per feature cell;
-``level_channels``
-    the channels of its three feature levels, all of that stride, lowest first;
-``forward_levels(x)``
-    B x 3 x H x W -> the three levels, each B x channels x h x w;
-``normalize(image)``
-    uint8 H x W x 3 RGB -> float32 H x W x 3, as the pretrained weights expect;
-``frozen``
-    the names of the modules whose parameters do not train.
+- ``stride``: pixels per feature cell;
+- ``level_channels``: the channels of its three feature levels, all of that stride, lowest first;
+- ``forward_levels(x)``: B x 3 x H x W -> the three levels, each B x channels x h x w;
+- ``normalize(image)``: uint8 H x W x 3 RGB -> float32 H x W x 3, as the pretrained weights expect;
+- ``frozen``: the names of the modules whose parameters do not train.
 """
 
 import torch
@@ -22,12 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tool.affinity import pair_affinity
-
-# Dropout of the classifier's features (released code).
-CLASSIFIER_DROPOUT = 0.5
-# Channels of the reduced levels, and the gain of the layer that mixes them (released code).
-AFFINITY_CHANNELS = (64, 128, 256)
-AFFINITY_MIX_GAIN = 4
 
 
 class _Head(nn.Module):
@@ -75,7 +64,7 @@ class ClassifierHead(_Head):
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images B x 3 x H x W -> logits B x classes."""
         features = self.forward_levels(x)[-1]
-        features = F.dropout2d(features, CLASSIFIER_DROPOUT, self.training)
+        features = F.dropout2d(features, 0.5, self.training)  # 0.5: released code
         return self.fc8(features).mean(dim=(2, 3))
 
     def forward_cam(self, x: Tensor) -> Tensor:
@@ -88,10 +77,10 @@ class ClassifierHead(_Head):
 
 
 class AffinityHead(_Head):
-    """AffinityNet: mixes features of three levels for pairs to compare (Sec. 3.2, Figure 3)."""
+    """AffinityNet: reduces the channels of three levels, and mixes them (Sec. 3.2, Figure 3)."""
 
     new_layers = fast_layers = ("f8_3", "f8_4", "f8_5", "f9")
-    reduced_channels = AFFINITY_CHANNELS
+    reduced_channels = (64, 128, 256)  # released code
 
     def __init__(self, radius: int = 5):
         super().__init__()
@@ -103,7 +92,7 @@ class AffinityHead(_Head):
         self.f9 = nn.Conv2d(sum(reduced), sum(reduced), 1, bias=False)
         for reduce in (self.f8_3, self.f8_4, self.f8_5):
             nn.init.kaiming_normal_(reduce.weight)
-        nn.init.xavier_uniform_(self.f9.weight, gain=AFFINITY_MIX_GAIN)
+        nn.init.xavier_uniform_(self.f9.weight, gain=4)  # 4: released code
         self._freeze()
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """A small stride-8 backbone that trains from scratch on a CPU in minutes.
 
-For the demo and for tests only. It is not part of the method, and its results do not measure the
-method.
+It is for the demo and for tests, not part of the method; its results do not measure the method.
 """
 
 import numpy as np
@@ -18,7 +17,6 @@ LAYERS = (
     ("trunk3", 96, 128, 1, 1),
     ("trunk4", 128, 128, 1, 2),
 )
-NORM_GROUPS = 8
 
 
 class Backbone(nn.Module):
@@ -31,13 +29,11 @@ class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
         for name, channels_in, channels_out, stride, dilation in LAYERS:
-            layer = nn.Conv2d(
-                channels_in, channels_out, 3, stride, dilation, dilation=dilation, bias=False
-            )
+            layer = nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, bias=False)
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             self.add_module(name, layer)
             if stride > 1:
-                self.add_module(f"{name}_norm", nn.GroupNorm(NORM_GROUPS, channels_out))
+                self.add_module(f"{name}_norm", nn.GroupNorm(8, channels_out))
 
     @staticmethod
     def normalize(image: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 # Mean of the training images of ImageNet's Caffe models, BGR, 0..255.
 MEAN_BGR = (104.008, 116.669, 122.675)
-FC6_DROPOUT = 0.5
 
 # (convolutions, channels, dilation) of the stages conv1_* to conv5_*.
 STAGES = ((2, 64, 1), (2, 128, 1), (3, 256, 1), (3, 512, 1), (3, 512, 2))
@@ -49,5 +48,5 @@ class Backbone(nn.Module):
             conv4 = self._forward_stage(stage, x)  # after the loop, the fourth stage's output
             x = F.max_pool2d(conv4, kernel_size=3, stride=stride, padding=1)
         conv5 = self._forward_stage(5, x)
-        x = F.dropout2d(F.relu(self.fc6(conv5)), FC6_DROPOUT, self.training)
+        x = F.dropout2d(F.relu(self.fc6(conv5)), 0.5, self.training)
         return conv4, conv5, F.relu(self.fc7(x))

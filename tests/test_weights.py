@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
@@ -322,9 +323,24 @@ def test_caffe_blobs_of_four_sides_take_the_networks_shapes(path, lines):
         assert _equal(net.state_dict(), source.state_dict())
 
 
+def _torchscript() -> bytes:
+    """An archive that torch.load takes for a TorchScript module."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("constants.pkl", "data.pkl", "version"):
+            archive.writestr(f"net/{name}", b"3")
+    return file.getvalue()
+
+
+def test_folder_is_named_as_a_folder(tmp_path):
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}: is a folder; name the "):
+        _read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (_torchscript(), "TorchScript archive, .*; save its state_dict"),
         (b"", "empty"),
         (b"\n<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),

@@ -16,8 +16,6 @@ from tool.labels import VOID
 
 # Keeps logarithms finite and divisions defined (released code).
 EPSILON = 1e-5
-# A cell whose scores are all below this is void (released code).
-NO_SCORE = 1e-5
 
 
 def pair_offsets(radius: int) -> list[tuple[int, int]]:
@@ -169,14 +167,14 @@ def affinity_label(low_alpha_scores: Tensor, high_alpha_scores: Tensor, stride: 
     """Confident labels of one image's cells, from CRF scores with two alphas (Sec. 3.2.1).
 
     Both scores are float maps x H x W, the background first, and are mean-pooled by ``stride``.
-    A cell is void if all its scores are zero; else background if the high-alpha argmax is; else
-    the low-alpha argmax if that is a class; else void. Returns uint8 H/stride x W/stride of *local*
-    indices (0 background, k the k-th map), 255 void.
+    A cell is void if all its scores are below 1e-5; else background if the high-alpha argmax is;
+    else the low-alpha argmax if that is a class; else void. Returns uint8 H/stride x W/stride of
+    *local* indices (0 background, k the k-th map), 255 void.
     """
     low = F.avg_pool2d(low_alpha_scores[None], stride)[0]
     high = F.avg_pool2d(high_alpha_scores[None], stride)[0]
     label = low.argmax(dim=0)
     label[label == 0] = VOID
     label[high.argmax(dim=0) == 0] = 0
-    label[torch.cat([low, high]).amax(dim=0) < NO_SCORE] = VOID
+    label[torch.cat([low, high]).amax(dim=0) < 1e-5] = VOID
     return label.to(torch.uint8)

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to a map's maximum before it divides (released code).
-EPSILON = 1e-5
 # Constant background score of labels from CAMs alone (released code).
 BACKGROUND_SCORE = 0.2
 
@@ -20,7 +18,7 @@ def multi_scale_cam(
 
     ``scaled`` holds the normalized image at each scale, float32 3 x h x w, on the network's
     device; ``size`` is the image's (H, W) in pixels. Maps are resized to ``size`` (bilinear) before
-    they are summed; the sum is divided by its maximum. Returns float32 len(classes) x H x W.
+    they are summed; the sum is divided by its maximum + 1e-5. Returns float32 classes x H x W.
     """
     total = torch.zeros(len(classes), *size, device=scaled[0].device)
     if not classes:
@@ -30,7 +28,7 @@ def multi_scale_cam(
         cams = net.forward_cam(torch.stack([image, image.flip(-1)]))[:, list(classes)].float()
         cams = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
         total += cams[0] + cams[1].flip(-1)
-    return total / (total.amax(dim=(1, 2), keepdim=True) + EPSILON)
+    return total / (total.amax(dim=(1, 2), keepdim=True) + 1e-5)
 
 
 def fixed_background_and_maps(maps: np.ndarray, background_score: float) -> np.ndarray:

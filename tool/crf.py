@@ -16,10 +16,6 @@ from tool.lattice import GaussianFilter
 from tool.random_walk import background_map
 
 BACKENDS = ("torch", "pydensecrf")
-# Scores are at least this, so that their logarithm is finite.
-SCORE_FLOOR = 1e-5
-# Position filters of this many image sizes are cached; one of 500 x 375 pixels takes 11 MB.
-CACHED_SIZES = 4
 # A mean-field step computes this many values at a time, to fit in a CPU's cache.
 VALUES_AT_ONCE = 2**19
 
@@ -49,10 +45,10 @@ def dense_crf(
     """Label probabilities after ``steps`` mean-field steps, for each set of scores of one image.
 
     ``image`` is uint8 H x W x 3 RGB; each set is labels x H x W in 0..1, all sets with the same
-    number of labels. The unary term is -log(score); sxy is in pixels, srgb in gray levels, compat
-    is the weight of a Potts term (defaults: the released code). ``device`` is the torch backend's.
-    Returns float32 arrays of the sets' shapes, which sum to one over the labels. Raises ValueError
-    if the shapes do not fit, ImportError if pydensecrf is not installed.
+    number of labels. The unary term is -log(max(score, 1e-5)); sxy is in pixels, srgb in gray
+    levels, compat is the weight of a Potts term (defaults: the released code).
+    Only the torch backend uses ``device``. Returns float32 arrays of the sets' shapes, which sum to
+    one over the labels. Raises ValueError if the shapes do not fit.
     """
     height, width = image.shape[:2]
     labels = {scores.shape[0] for scores in score_sets}
@@ -60,7 +56,7 @@ def dense_crf(
         shapes = [scores.shape for scores in score_sets]
         raise ValueError(f"score sets {shapes} do not fit an image of {height} x {width}")
     image = np.ascontiguousarray(image)
-    log_scores = np.log(np.clip(np.stack(score_sets), SCORE_FLOOR, 1)).astype(np.float32)
+    log_scores = np.log(np.clip(np.stack(score_sets), 1e-5, 1)).astype(np.float32)
     if backend == "pydensecrf":
         gaussian = {"sxy": gaussian_sxy, "compat": gaussian_compat}
         bilateral = {"sxy": bilateral_sxy, "srgb": bilateral_srgb, "compat": bilateral_compat}
@@ -110,7 +106,7 @@ def _softmax(logits: Tensor) -> Tensor:
     return exponentials.div_(sum(exponentials.split(1, dim=1)))
 
 
-@lru_cache(CACHED_SIZES)
+@lru_cache(4)  # one of 500 x 375 pixels takes 11 MB
 def _position_filter(height: int, width: int, sxy: float, device: torch.device) -> GaussianFilter:
     return GaussianFilter(_positions(height, width, sxy, device))
 
@@ -134,11 +130,7 @@ def _divided(numbers: Tensor, divisor: float) -> Tensor:
 
 
 def _pydensecrf_inference(
-    image: np.ndarray,
-    log_scores: np.ndarray,
-    steps: int,
-    gaussian: dict[str, float],
-    bilateral: dict[str, float],
+    image: np.ndarray, log_scores: np.ndarray, steps: int, gaussian: dict, bilateral: dict
 ) -> list[np.ndarray]:
     from pydensecrf.densecrf import DenseCRF2D  # optional, see requirements.txt
 

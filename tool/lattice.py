@@ -19,13 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# pydensecrf processes this many pixels at once and pads the last group with zero features. The
-# vertices of the padding's simplex become lattice points, too, and take part in the blur.
-PIXELS_AT_ONCE = 4
 # Simplices are computed for this many pixels at a time, to fit in a CPU's cache.
 PIXELS_IN_CACHE = 2**16
-# Keeps the norm of a pixel finite (pydensecrf).
-NORM_FLOOR = 1e-20
 
 
 class SparseRows(NamedTuple):
@@ -53,19 +48,25 @@ class GaussianFilter:
 
     def __init__(self, features: Tensor):
         dimension, pixels = features.shape
-        padded = F.pad(features, (0, -pixels % PIXELS_AT_ONCE))
+        # pydensecrf pads the pixels to a multiple of 4 with zero features. The vertices of the
+        # padding's simplex become lattice points, too, and take part in the blur.
+        padded = F.pad(features, (0, -pixels % 4))
         simplices, weights, strides = _enclosing_simplices(padded)
         keys, vertices = _lattice_points(simplices, strides)
         self._points = len(keys)
-        self._slice = SparseRows(
-            vertices[:pixels].reshape(-1),
-            weights[:pixels].reshape(-1),
-            _row_offsets(pixels, dimension + 1, features.device),
-        )
+        offsets = _row_offsets(pixels, dimension + 1, features.device)
+        self._slice = SparseRows(vertices[:pixels].flatten(), weights[:pixels].flatten(), offsets)
         # A lattice point has a few pixels or thousands: a GPU does better with atomic additions.
         self._splat = None if features.is_cuda else _transposed(self._slice, self._points + 1)
         self._blurs = _blurs(keys, strides)
-        self._normalize(pixels)
+
+        # So far, this filter is K. The weights on both of its sides are multiplied by D^-1/2, which
+        # 1e-20 keeps finite (pydensecrf).
+        kernel_sums = self(weights.new_ones(pixels, 1))[:, 0]
+        norm = (kernel_sums.double() + 1e-20).rsqrt_().float()
+        self._slice.weights.view(pixels, -1).mul_(norm[:, None])
+        if self._splat is not None:
+            self._splat.weights.mul_(norm.index_select(0, self._splat.columns))
 
     def __call__(self, values: Tensor) -> Tensor:
         """float32 N x C, contiguous -> N x C."""
@@ -91,14 +92,6 @@ class GaussianFilter:
         added = self._slice.weights.view(pixels, -1, 1) * values[:, None]
         points = values.new_zeros(self._points + 1, channels)
         return points.index_add_(0, self._slice.columns, added.view(-1, channels))
-
-    def _normalize(self, pixels: int) -> None:
-        """Turn K into the normalized kernel: multiply the weights on both sides by D^-1/2."""
-        kernel_sums = self(self._slice.weights.new_ones(pixels, 1))[:, 0]
-        norm = (kernel_sums.double() + NORM_FLOOR).rsqrt_().float()
-        self._slice.weights.view(pixels, -1).mul_(norm[:, None])
-        if self._splat is not None:
-            self._splat.weights.mul_(norm.index_select(0, self._splat.columns))
 
 
 def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -257,11 +250,9 @@ def _transposed(matrix: SparseRows, columns: int) -> SparseRows:
     # Stable: each sum runs over the pixels in their order, as pydensecrf's does.
     rows, order = torch.sort(matrix.columns, stable=True)
     starts = torch.arange(columns + 1, dtype=torch.int32, device=rows.device)
-    return SparseRows(
-        (order // entries_per_row).int(),
-        matrix.weights.index_select(0, order),
-        torch.searchsorted(rows, starts, out_int32=True),
-    )
+    offsets = torch.searchsorted(rows, starts, out_int32=True)
+    weights = matrix.weights.index_select(0, order)
+    return SparseRows((order // entries_per_row).int(), weights, offsets)
 
 
 def _row_offsets(rows: int, entries: int, device: torch.device) -> Tensor:

@@ -22,14 +22,11 @@ from tool.labels import voc_palette
 from tool.run.errors import DataError, reason
 from tool.safe_pickle import read_pickle
 
-# The forms of maps, by file name ending.
 MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
 # What photographs and masks come in. Pillow knows more, but for some starts other programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 # How far scores may be from 0..1, and CRF scores from summing to one.
 PROBABILITY_TOLERANCE = 1e-3
-# By how much more background must the high alpha have on average to count as swapped with the low.
-SWAPPED_MARGIN = 0.02
 
 
 def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:
@@ -41,13 +38,11 @@ def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:
 def load_npy_dict(path: str | os.PathLike) -> dict:
     """The dict in an ``.npy`` file, as NumPy 1 and 2 write it; or in an ``.npz`` of maps, by class.
 
-    Raises DataError if the file is missing, damaged, no dict, or wants anything but arrays, plain
-    containers, numbers and strings.
+    Raises DataError if the file is missing, damaged, or more than arrays and plain data.
     """
     path = Path(path)
-    read = _read_npz if path.suffix == MAP_FORMATS["npz"] else _read_npy
     try:
-        return read(path)
+        return _read_npz(path) if path.suffix == MAP_FORMATS["npz"] else _read_npy(path)
     except Exception as error:  # a damaged file can raise nearly anything
         raise DataError(f"{path}: cannot be read ({reason(error)}); write it again.") from error
 
@@ -75,7 +70,7 @@ def _read_npz(path: Path) -> dict[int, np.ndarray | bytes]:
 def save_maps(
     path: str | os.PathLike, maps: Mapping[int, np.ndarray], dtype: str | type = np.float32
 ) -> None:
-    """Write maps ``{class index: H x W}`` as float32, or float16, in the form of the path's ending.
+    """Write maps ``{class index: H x W}`` in the form of the path's ending.
 
     Maps of the same name in the other form are removed after that: they are outdated.
     """
@@ -104,8 +99,7 @@ def maps_file(path: str | os.PathLike) -> Path:
 def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> dict:
     """Maps ``{class index: float32 H x W}``, sorted by class, of ``maps_file(path)``.
 
-    ``size`` is the (H, W) that they must have. Raises DataError if the file cannot be read, or
-    a key, a size or a value is not what maps have.
+    Raises DataError if the file cannot be read, holds no maps, or their (H, W) is not ``size``.
     """
     path = maps_file(path)
     maps: dict[int, np.ndarray] = {}
@@ -139,16 +133,12 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
     require_scores(low_path, low)
     require_scores(high_path, high)
     if low.keys() != high.keys() or 0 not in low:
-        raise DataError(
-            f"{low_path} and {high_path}: must hold the background (0) and the same classes, "
-            f"but hold {sorted(low)} and {sorted(high)}; make both again with infer_cls.py."
-        )
-    # A lower alpha means more background, whatever the image.
-    if low[0].mean() < high[0].mean() - SWAPPED_MARGIN:
-        raise DataError(
-            f"{low_path}: has less background than {high_path}, so the folders are swapped; "
-            "--la_crf_dir (--la) is what infer_cls.py wrote to --out_la_crf."
-        )
+        problem = f"need background (0) and the same classes, not {sorted(low)} and {sorted(high)}"
+        raise DataError(f"{low_path} and {high_path}: {problem}; run infer_cls.py again for both.")
+    # A lower alpha means more background, whatever the image; a difference below 0.02 is no sign.
+    if low[0].mean() < high[0].mean() - 0.02:
+        problem = f"has less background than {high_path}, so the folders are swapped"
+        raise DataError(f"{low_path}: {problem}; --la_crf_dir (--la) is for --out_la_crf's files.")
     return low, high
 
 
@@ -162,15 +152,11 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) 
     # A single map of ones is the background of an image without objects, or a class all over it.
     several = 0 in maps and len(maps) > 1
     if several and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
-        raise DataError(
-            f"{path}: holds CRF scores (they sum to one, background first), not class activation "
-            "maps; name the folder that infer_cls.py wrote to --out_cam."
-        )
+        problem = "holds CRF scores (they sum to one, background first), not class activation maps"
+        raise DataError(f"{path}: {problem}; name the folder of infer_cls.py's --out_cam.")
     if maps and max(maps) >= num_classes:
-        raise DataError(
-            f"{path}: has a map of class {max(maps)}, but there are {num_classes} classes "
-            "(counted from 0); see --classes."
-        )
+        problem = f"has a map of class {max(maps)}, but classes are 0 to {num_classes - 1}"
+        raise DataError(f"{path}: {problem}; see --classes.")
     return maps
 
 
@@ -179,10 +165,8 @@ def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> N
     for key, values in maps.items():
         low, high = values.min(), values.max()
         if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
-            raise DataError(
-                f"{path}: the map of class {key} has values from {low:g} to {high:g}, but scores "
-                "are in 0..1; make the maps again with infer_cls.py."
-            )
+            problem = f"class {key} has scores from {low:g} to {high:g}, not in 0..1"
+            raise DataError(f"{path}: {problem}; make the maps again with infer_cls.py.")
 
 
 def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
@@ -194,7 +178,7 @@ def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
 
 
 def load_index_png(path: str | os.PathLike) -> np.ndarray:
-    """The class indices, uint8 H x W, of a palette or 8-bit gray image; DataError for others."""
+    """The class indices, uint8 H x W, of a palette or 8-bit gray image; else DataError."""
     image = open_image(path)
     if image.mode not in ("P", "L"):
         raise DataError(f"{path}: has mode {image.mode}; an index image is palette or 8-bit gray.")
@@ -204,7 +188,7 @@ def load_index_png(path: str | os.PathLike) -> np.ndarray:
 def open_image(path: str | os.PathLike) -> Image.Image:
     """The (first) image in a file of one of IMAGE_FORMATS, decoded to its end, in its own mode.
 
-    Raises DataError if it is missing, damaged, or has more pixels than Pillow's limit.
+    Raises DataError if it is missing, damaged or too large.
     """
     try:
         with warnings.catch_warnings():
@@ -216,9 +200,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: has more pixels than Pillow's limit against decompression bombs, "
-            f"{Image.MAX_IMAGE_PIXELS}; make the image smaller."
-        ) from error
+        limit = f"Pillow's limit against decompression bombs, {Image.MAX_IMAGE_PIXELS}"
+        raise DataError(f"{path}: has more pixels than {limit}; make the image smaller.") from error
     except Exception as error:  # a damaged image can raise nearly anything
         raise DataError(f"{path}: not a readable image ({error}).") from error

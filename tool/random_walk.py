@@ -11,7 +11,6 @@ over 256 steps to a few 1e-5, also in the dense form; float64 is no slower here.
 """
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -120,10 +119,7 @@ def propagate(maps: Tensor, transition: Tensor, steps: int, tolerance: float = T
 
 
 def propagate_together(
-    map_sets: Sequence[Tensor],
-    transitions: Sequence[Tensor],
-    steps: int,
-    tolerance: float = TOLERANCE,
+    map_sets: list[Tensor], transitions: list[Tensor], steps: int, tolerance: float = TOLERANCE
 ) -> list[Tensor]:
     """``propagate`` for images of any sizes as one system: small products are slow on CUDA."""
     columns = max(len(maps) for maps in map_sets)
@@ -138,7 +134,7 @@ def propagate_together(
     ]
 
 
-def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:
+def _block_diagonal(matrices: list[Tensor]) -> Tensor:
     """CSC matrices -> the CSC matrix with these on its diagonal."""
     if len(matrices) == 1:
         return matrices[0]
@@ -199,7 +195,5 @@ def walk_seeds(maps: Tensor, alpha: float, stride: int) -> Tensor:
 
 def upsample_scores(scores: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """Scores on the grid, K x h x w -> float32 K x H x W, with (H, W) = ``size``; bilinear."""
-    upsampled = F.interpolate(
-        scores.float()[None], scale_factor=stride, mode="bilinear", align_corners=False
-    )[0]
+    upsampled = F.interpolate(scores.float()[None], scale_factor=stride, mode="bilinear")[0]
     return upsampled[:, : size[0], : size[1]]

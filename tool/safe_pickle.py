@@ -123,9 +123,6 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("a state is given to something that has none")
         super().load_build()
 
-    def load_empty_dictionary(self) -> None:
-        self.append(_Dict())
-
     dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # reserves nothing
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())

@@ -5,10 +5,6 @@ import zlib
 import numpy as np
 from PIL import Image
 
-# Ranges of brightness, contrast and saturation around 1, and of hue around 0 (released code).
-JITTER_STRENGTH = 0.3
-JITTER_HUE = 0.1
-
 # (Rows, columns) in the image, and (rows, columns) on the canvas.
 Box = tuple[tuple[slice, slice], tuple[slice, slice]]
 
@@ -45,15 +41,13 @@ def random_resize_long_side(
 
 def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The RGB image with brightness, contrast, saturation and hue changed in random order."""
-    # Imported here because the import is slow, and only training needs it.
-    import torchvision.transforms.functional as F
+    import torchvision.transforms.functional as F  # slow to import, and only training needs it
 
-    low, high = 1 - JITTER_STRENGTH, 1 + JITTER_STRENGTH
-    changes = (
-        (F.adjust_brightness, rng.uniform(low, high)),
-        (F.adjust_contrast, rng.uniform(low, high)),
-        (F.adjust_saturation, rng.uniform(low, high)),
-        (F.adjust_hue, rng.uniform(-JITTER_HUE, JITTER_HUE)),
+    changes = (  # as in the released code
+        (F.adjust_brightness, rng.uniform(0.7, 1.3)),
+        (F.adjust_contrast, rng.uniform(0.7, 1.3)),
+        (F.adjust_saturation, rng.uniform(0.7, 1.3)),
+        (F.adjust_hue, rng.uniform(-0.1, 0.1)),
     )
     for index in rng.permutation(len(changes)):
         adjust, amount = changes[index]

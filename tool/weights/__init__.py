@@ -1,12 +1,11 @@
 """Weight files of every kind -> networks; no code from a file runs.
 
-A file is a PyTorch checkpoint (.pth, .pt), .safetensors, a Caffe model (.caffemodel) or MXNet's
-.params; its content decides which. ``python3 -m tool.weights`` shows and converts them.
+A file's content decides how it is read. ``python3 -m tool.weights`` shows and converts files.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -35,24 +34,6 @@ SIGNATURES = {
     "layer4.0.conv1.weight": "torchvision's ResNet",
 }
 HEAD_SIGNATURES = {"fc8.weight": "classifier", "f9.weight": "AffinityNet"}
-# A batch norm's tensor since PyTorch 0.4.1, which changes no output.
-COUNTER = "num_batches_tracked"
-NAMES_SHOWN = 5
-
-PYTORCH, SAFETENSORS = "PyTorch state dict", "safetensors"
-CAFFE, MXNET = "Caffe model", "MXNet parameters"
-# How a file begins, and its form; or what it is instead, and what to do.
-BEGINNINGS = (
-    (rb"PK\x03\x04|\x80", PYTORCH),  # a zip archive or, before PyTorch 1.6, a pickle
-    (rb"\x12\x01\x00{6}", MXNET),
-    (rb".{4}\x00{4}\{", SAFETENSORS),
-    (rb"\Z", "empty"),
-    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself by git lfs pull"),
-    (rb"\s*<(!doctype|html|\?xml|head)", "a web page; download the file itself again"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar", "an archive; unpack it first"),
-    (rb"[\x0a\x12\x1a]|\xa2\x06", CAFFE),  # no magic number, but a name, an input or a layer
-    (rb"", "neither a PyTorch state dict nor .safetensors, .caffemodel or .params"),
-)
 
 
 class WeightFile(NamedTuple):
@@ -67,16 +48,15 @@ def read_weight_file(path: str | os.PathLike) -> WeightFile:
     """The tensors in a weight file of any kind.
 
     A state dict may be under ``state_dict`` or ``model``, with DataParallel's prefix ``module.``.
-    Caffe's blobs are named ``<layer>.0``, ``<layer>.1``, and nameless arrays of MXNet ``0``, ``1``.
     Raises DataError if the file is missing, damaged, of no known kind, or holds more than tensors.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(512)
-        form = next(form for pattern, form in BEGINNINGS if re.match(b"(?is)" + pattern, head))
-        if form not in _FORMS:
+        _, form, *readers = next(row for row in BEGINNINGS if re.match(b"(?is)" + row[0], head))
+        if not readers:
             raise ValueError(f"it is {form}")
-        read, network_name = _FORMS[form]
+        read, network_name = readers
         tensors = read(path)
         if not tensors:
             raise ValueError("it holds no weights")
@@ -84,6 +64,8 @@ def read_weight_file(path: str | os.PathLike) -> WeightFile:
         return WeightFile(form, tensors, found)
     except DataError:
         raise
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: is a folder; name the weight file.") from error
     except OSError as error:
         ways = f"--weights {IMAGENET} (VGG-16) and {FRESH} need no file"
         raise DataError(f"{path}: cannot be read ({error.strerror}); {ways}.") from error
@@ -108,35 +90,41 @@ def _read_arrays(read: Callable[[bytes], dict[str, np.ndarray]], path: str | os.
     return {name: torch.tensor(array) for name, array in read(Path(path).read_bytes()).items()}
 
 
-# What reads a file, and the network's name of a tensor from its name there.
 _without_module = methodcaller("removeprefix", "module.")
-_FORMS = {
-    PYTORCH: (_read_pytorch, _without_module),
-    SAFETENSORS: (load_file, _without_module),
-    CAFFE: (partial(_read_arrays, caffe.read_caffemodel), caffe.network_name),
-    MXNET: (partial(_read_arrays, mxnet.read_params), mxnet.network_name),
-}
+_read_caffe = partial(_read_arrays, caffe.read_caffemodel)
+_read_mxnet = partial(_read_arrays, mxnet.read_params)
+# How a file begins, its form, what reads it, and the network's name of a tensor from its name
+# there; or how it begins, and what it is instead. The first row that fits counts.
+BEGINNINGS = (
+    # A zip archive or, before PyTorch 1.6, a pickle
+    (rb"PK\x03\x04|\x80", "PyTorch state dict", _read_pytorch, _without_module),
+    (rb"\x12\x01\x00{6}", "MXNet parameters", _read_mxnet, mxnet.network_name),
+    (rb".{4}\x00{4}\{", "safetensors", load_file, _without_module),
+    (rb"\Z", "empty"),
+    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself by git lfs pull"),
+    (rb"\s*<(!doctype|html|\?xml|head)", "a web page; download the file itself again"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar", "an archive; unpack it first"),
+    # No magic number, but a name, an input or a layer
+    (rb"[\x0a\x12\x1a]|\xa2\x06", "Caffe model", _read_caffe, caffe.network_name),
+    (rb"", "neither a PyTorch state dict nor .safetensors, .caffemodel or .params"),
+)
 
 
-def describe(names: Iterable[str]) -> str:
-    """What network a state dict's names look like, e.g. "VGG-16 classifier"."""
-    names = set(names)
-    backbone = [title for name, title in SIGNATURES.items() if name in names]
-    head = [title for name, title in HEAD_SIGNATURES.items() if name in names]
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What network a state dict looks like by its names, e.g. "VGG-16 classifier"."""
+    backbone = [title for name, title in SIGNATURES.items() if name in state]
+    head = [title for name, title in HEAD_SIGNATURES.items() if name in state]
     return " ".join(backbone + head) if backbone else "no network of this project"
 
 
 def load_for_training(net: nn.Module, source: str, report: Report) -> None:
     """Start a network from ``--weights``: a file, ``imagenet``, or ``none``.
 
-    The file must have every tensor but those of ``net.new_layers``; ``report`` as in
-    ``take_weights``. Raises DataError if the file is of another network, or the download failed,
-    and UsageError if ``imagenet`` has nothing for the network.
+    The file must have every tensor but those of ``net.new_layers``. Raises DataError as
+    ``take_weights`` or if the download fails, UsageError if ``imagenet`` is not for the network.
     """
     if source == FRESH:
-        report(
-            "WARNING: --weights none: random initialization; published results start from ImageNet."
-        )
+        report("WARNING: --weights none: random initialization; published results need ImageNet.")
         return
     if source == IMAGENET:
         source, found = "torchvision's VGG-16", imagenet_weights(net)
@@ -149,7 +137,7 @@ def load_for_training(net: nn.Module, source: str, report: Report) -> None:
 def load_for_inference(net: nn.Module, source: str, report: Report) -> None:
     """Load a trained network's weights; the file must have every tensor. ``none`` loads nothing.
 
-    Raises DataError as ``load_for_training`` does, UsageError for ``imagenet``.
+    Raises DataError as ``take_weights``, UsageError for ``imagenet``.
     """
     if source == IMAGENET:
         raise UsageError("--weights imagenet: is for training; name the weights that it wrote.")
@@ -175,7 +163,9 @@ def take_weights(
         for name, value in wanted.items()
         if name in found and found[name].squeeze().shape == value.squeeze().shape
     }
-    fresh = [name for name in wanted if name not in taken and not name.endswith(COUNTER)]
+    # A batch norm counts its batches since PyTorch 0.4.1, which changes no output.
+    missing = [name for name in wanted if name not in taken]
+    fresh = [name for name in missing if not name.endswith("num_batches_tracked")]
     # A head trained for other classes is as good as none.
     required = [name for name in fresh if name.rpartition(".")[0] not in optional]
     if required:
@@ -203,12 +193,10 @@ def _difference(net: nn.Module, found: Mapping[str, Tensor], required: list[str]
     problem = f"another network: this looks like {describe(found)}"
     if describe(found) == describe(wanted):
         problem = "this network for other classes, or not all of them; see --classes"
-    return (
-        f"these are weights of {problem}; --network is {network} ({describe(wanted)}). "
-        f"First differences: {_names(differences)}."
-    )
+    problem += f"; --network is {network} ({describe(wanted)})"
+    return f"these are weights of {problem}. First differences: {_names(differences)}."
 
 
-def _names(names: list[str]) -> str:
-    text = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
-    return text + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+def _names(names: list[str], shown: int = 5) -> str:
+    text = ", ".join(printable(name) for name in names[:shown])
+    return text + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -4,9 +4,8 @@
     python3 -m tool.weights convert FILE OUT.pth --network network.resnet38_cls
 
 FILE is a PyTorch checkpoint (.pth, .pt), .safetensors, a Caffe model (.caffemodel) or MXNet's
-.params; its content decides which. show lists name, shape and type of each tensor, and the
-beginning of the SHA-256 of its little-endian bytes. convert writes what the network takes of it as
-a state dict, from which every program can start.
+.params. show lists name, shape and type of each tensor, and the first 16 digits of the SHA-256 of
+its little-endian bytes. convert writes a state dict from which both trainings can start.
 """
 
 import argparse

@@ -12,18 +12,17 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 # Fields of NetParameter that hold layers, each with its layer's fields of name and blobs.
 LAYER_FIELDS = {100: (1, 7), 2: (4, 6)}
-# Fields of BlobProto: the legacy sides, the shape, and the numbers with their format.
+# Fields of BlobProto: the legacy sides, the numbers, and the shape.
 LEGACY_SIDES = (1, 2, 3, 4)
-DATA, SHAPE, DOUBLE_DATA = 5, 7, 8
-NUMBERS = {DATA: np.dtype("<f4"), DOUBLE_DATA: np.dtype("<f8")}
+FLOATS, DOUBLES, SHAPE = 5, 8, 7
 _KINDS = {"0": "weight", "1": "bias"}
 
 
 def read_caffemodel(data: bytes) -> dict[str, np.ndarray]:
     """The blobs in a ``.caffemodel``'s bytes: ``<layer>.0``, ``<layer>.1``, ...
 
-    float32, or float64 where the file has doubles; of the stated shape, which the old generation
-    fills up to four sides. Raises ValueError if they are no NetParameter, or damaged.
+    float32, or float64 where the file has doubles; of the stated shape, which old files fill up to
+    four sides. Raises ValueError if they are no NetParameter, or damaged.
     """
     blobs = {}
     for number, value in _fields(memoryview(data)):
@@ -75,16 +74,17 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
 def _blob(message: memoryview) -> np.ndarray:
     """A BlobProto's numbers in its shape."""
     legacy_sides, sides = dict.fromkeys(LEGACY_SIDES, 0), None
-    pieces: dict[int, list[memoryview]] = {DATA: [], DOUBLE_DATA: []}
+    floats, doubles = [], []  # one packed piece; or a number each, which is legal
     for number, value in _fields(message):
         if number in LEGACY_SIDES:
             legacy_sides[number] = value
         elif number == SHAPE:
             sides = _sides(value)
-        elif number in NUMBERS:
-            pieces[number].append(value)  # one packed piece; or a number each, which is legal
-    kind = DOUBLE_DATA if pieces[DOUBLE_DATA] else DATA
-    values = np.frombuffer(b"".join(pieces[kind]), NUMBERS[kind])
+        elif number == FLOATS:
+            floats.append(value)
+        elif number == DOUBLES:
+            doubles.append(value)
+    values = np.frombuffer(b"".join(doubles or floats), "<f8" if doubles else "<f4")
     if sides is None:
         sides = list(legacy_sides.values()) if any(legacy_sides.values()) else [values.size]
     if math.prod(sides) != values.size:

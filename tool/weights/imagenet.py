@@ -13,9 +13,8 @@ from tool.run.errors import DataError, UsageError, reason
 def imagenet_weights(net: nn.Module) -> dict[str, Tensor]:
     """The convolutions conv1_1 to conv5_3 of VGG-16, trained on ImageNet, for ``net.normalize``.
 
-    They are torchvision's ``VGG16_Weights.IMAGENET1K_FEATURES``, which are the original Caffe
-    model's for another order of channels and a mean that differs a little. Raises UsageError if the
-    network has no such layers, DataError if the download fails.
+    torchvision's ``IMAGENET1K_FEATURES`` are the original Caffe model's for RGB and another mean.
+    Raises UsageError if the network has no such layers, DataError if the download fails.
     """
     from torchvision.models import VGG16_Weights  # slow to import, and rarely needed
 
@@ -36,17 +35,17 @@ def imagenet_weights(net: nn.Module) -> dict[str, Tensor]:
             f"--weights imagenet: {weights.url} could not be loaded ({reason(error)}); "
             f"download it by hand and put it at {target}."
         ) from error
-    first = [f"{layers[0]}.weight", f"{layers[0]}.bias"]
-    converted = _for_normalization(net, *[found[name] for name in first], weights.transforms())
-    return found | dict(zip(first, converted, strict=True))
+    weight, bias = f"{layers[0]}.weight", f"{layers[0]}.bias"
+    converted = _for_normalization(net, found[weight], found[bias], weights.transforms())
+    return found | dict(zip((weight, bias), converted, strict=True))
 
 
 def _for_normalization(net: nn.Module, weight: Tensor, bias: Tensor, transform) -> list[Tensor]:
     """A first convolution that gives for ``net.normalize(image)`` what it gave for torchvision's.
 
     weight C x 3 x h x w, bias C, for RGB in 0..1 normalized by ``transform``. Both normalizations
-    are affine in the colour; ours is found by its values for black, red, green and blue.
-    They differ only where the kernel leaves the image, by the difference of the means.
+    are affine in the colour; ours is found by its values for black, red, green and blue. The result
+    differs only where the kernel leaves the image, by the difference of the means.
     """
     colours = 255 * np.concatenate([np.zeros((1, 3)), np.eye(3)]).astype(np.uint8)[None]
     black, *primaries = net.normalize(colours)[0].astype(np.float64)

@@ -8,8 +8,7 @@ import struct
 import numpy as np
 
 V1_MAGIC, V2_MAGIC, V3_MAGIC = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
-# MXNet's numbers of the types.
-TYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
+TYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")  # by their numbers in a file
 _KINDS = {
     "weight": "weight",
     "gamma": "weight",
@@ -24,10 +23,7 @@ _NAME = re.compile(
 
 
 def read_params(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays in a ``.params`` file's bytes, by name; without names ``0``, ``1``, ...
-
-    Raises ValueError if they are damaged.
-    """
+    """The arrays in a ``.params`` file's bytes, by name; ValueError if they are damaged."""
     file, names = io.BytesIO(data), []
     _, _, count = _take(file, "3Q")  # 0x112, a reserved number, and how many arrays follow
     arrays = [_array(file) for _ in range(count)]

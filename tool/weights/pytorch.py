@@ -1,7 +1,4 @@
-"""PyTorch's checkpoints, read by ``torch.load(weights_only=True)``, which runs no code from a file.
-
-(Before PyTorch 2.6 it could be made to: CVE-2025-32434.)
-"""
+"""PyTorch's checkpoints, by ``torch.load(weights_only=True)``, which runs no code from a file."""
 
 import io
 import os
@@ -19,18 +16,21 @@ from tool.run.errors import DataError, printable, reason
 def load_tensors(path: str | os.PathLike, kind: str) -> Any:
     """What ``torch.save`` wrote, on the CPU: tensors, plain containers, numbers and strings.
 
-    Raises DataError, with the ``kind`` of file, if it is missing or damaged, is no checkpoint, or
-    holds more than tensors.
+    Raises DataError, with the ``kind`` of file, if it is missing, damaged, or more than tensors.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old forms of checkpoints
+            # From PyTorch 2.6 on, no file makes this run code (CVE-2025-32434).
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S{1,100})", str(error))
         wish = f"wants to load {printable(name[1])}" if name else "is damaged or more than tensors"
         raise DataError(f"{path}: refused: it {wish}; a {kind} holds tensors only.") from error
     except Exception as error:  # a damaged file can raise nearly anything
+        if "TorchScript archives" in str(error):
+            wish = "is a TorchScript archive, which holds code; save its state_dict by torch.save"
+            raise DataError(f"{path}: {wish}.") from error
         raise DataError(f"{path}: not a readable {kind} ({reason(error)}).") from error
 
 
