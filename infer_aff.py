@@ -37,7 +37,7 @@ from tool.run.provenance import OutputFolder, digest_maps, settings_of, weights_
 from tool.weights import load_for_inference
 from voc12.datasets import AffinityInferenceSet, AffinitySample
 from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
-from voc12.report.trace import save_trace
+from voc12.report.pictures import save_trace
 
 # Walks of small grids leave a GPU waiting for launches; together they do not.
 WALKS_AT_A_TIME = {"cpu": 1, "cuda": 8}

@@ -62,28 +62,22 @@ def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def sweep_confusions(
-    truth: np.ndarray,
-    winner: np.ndarray,
-    score: np.ndarray,
-    winning_scores: np.ndarray,
-    num_labels: int,
+    truth: np.ndarray, winner: np.ndarray, score: np.ndarray, lowest: np.ndarray, num_labels: int
 ) -> np.ndarray:
     """The confusion matrix at each of many thresholds: int64 thresholds x labels x labels.
 
-    ``winner``, uint8 H x W, is the label that wins wherever the background, label 0, does not; it
-    wins where ``score``, float H x W, is at least the threshold's winning score. Raises ValueError
-    as ``confusion_matrix`` does.
+    ``winner``, uint8 H x W, is the label that wins where the background, label 0, does not: where
+    ``score``, float H x W, is at least the threshold's ``lowest``. Raises ValueError as
+    ``confusion_matrix`` does.
     """
     counted, pairs = _label_pairs(truth, winner, num_labels)
-    order, bins = np.argsort(winning_scores), len(winning_scores) + 1
-    num_won = np.searchsorted(winning_scores, score[counted], side="right", sorter=order)
+    order, bins = np.argsort(lowest), len(lowest) + 1
+    num_won = np.searchsorted(lowest, score[counted], side="right", sorter=order)
     # [true, winner, number of thresholds at which the winner wins]
     histogram = np.bincount(pairs * bins + num_won, minlength=num_labels**2 * bins)
     histogram = histogram.reshape(num_labels, num_labels, bins)
     # At threshold i win the pixels that win at more than i thresholds: sums from the last bin on.
     winners = histogram[..., :0:-1].cumsum(axis=-1)[..., ::-1]
-    background = histogram.sum(axis=(1, 2))[:, None] - winners.sum(axis=1)
-    confusions = np.empty((len(order), num_labels, num_labels), np.int64)
-    confusions[order] = np.moveaxis(winners, -1, 0)
-    confusions[order, :, 0] += background.T
+    confusions = np.moveaxis(winners, -1, 0)[np.argsort(order)]
+    confusions[..., 0] += histogram.sum(axis=(1, 2)) - confusions.sum(axis=-1)
     return confusions

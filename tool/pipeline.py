@@ -94,8 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipes = ["recipes (--train_cls_args and so on override them flag by flag):"]
     for network, programs in RECIPES.items():
         recipes += [f"  {network}", *(f"    {name}  {flags}" for name, flags in programs.items())]
-    form = {"epilog": "\n".join(recipes), "formatter_class": cli.help_formatter}
-    parser = argparse.ArgumentParser("python3 -m tool.pipeline", description=__doc__, **form)
+    parser = cli.make_parser("\n".join([__doc__, *recipes]), "python3 -m tool.pipeline")
     add = parser.add_argument
     add("--voc12_root", required=True, help="the devkit's folder VOC2012")
     add("--network", required=True, choices=sorted(RECIPES), help="backbone of both networks")

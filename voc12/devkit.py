@@ -57,7 +57,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
         raise DataError(f"{path}: holds no class names; write one a line.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise DataError(f"{path}: the class {_shortened(repeated[0])} is there twice.")
+        raise DataError(f"{path}: the class {repeated[0][:80]!r} is there twice.")
     if BACKGROUND in names:
         raise DataError(f"{path}: leave out {BACKGROUND}; it always is label 0.")
     if len(names) >= VOID:
@@ -93,11 +93,7 @@ def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
     """
     for name in ids:
         if not name.isprintable() or len(name.encode()) > MAX_ID_BYTES or NO_ID.search(name):
-            raise DataError(f"{source}: {_shortened(name)} cannot be an image id; rename it.")
-
-
-def _shortened(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:80] + "...")
+            raise DataError(f"{source}: {name[:80]!r} cannot be an image id; rename it.")
 
 
 def add_devkit_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
@@ -131,6 +127,7 @@ class Devkit:
     ):
         self.root = Path(root)
         self.class_names = tuple(class_names)
+        self.label_names = (BACKGROUND, *class_names)
         self.label_file = label_file
         if not (self.root / "JPEGImages").is_dir():
             raise DataError(f"{root}: has no folder JPEGImages; --voc12_root is a folder VOC2012.")
@@ -170,9 +167,7 @@ class Devkit:
         inputs = {os.path.realpath(self.root / name) for name in INPUT_FOLDERS}
         output = Path(os.path.realpath(folder))
         if not inputs.isdisjoint(map(str, (output, *output.parents))):
-            raise UsageError(
-                f"{flag} {folder}: lies in an input folder of the devkit; name another."
-            )
+            raise UsageError(f"{flag} {folder}: is among the devkit's inputs; name another.")
 
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
@@ -195,10 +190,8 @@ class Devkit:
         except (TypeError, ValueError):
             label = np.empty(0)
         if label.shape != (len(self.class_names),) or not np.isin(label, (0, 1)).all():
-            raise DataError(
-                f"{self.label_file}: the label of {image_id} is not a 0 or 1 for each of "
-                f"{len(self.class_names)} classes; make it again with voc12.prepare."
-            )
+            wanted = f"0 or 1 for each of {len(self.class_names)} classes; see voc12.prepare"
+            raise DataError(f"{self.label_file}: the label of {image_id} is not {wanted}.")
         return label
 
     def annotated_label(self, image_id: str) -> np.ndarray:
@@ -207,48 +200,42 @@ class Devkit:
         if not path.is_file():
             raise DataError(f"{image_id}: has no label in {self.label_file}, and no {path}.")
         try:
-            tree = defusedxml.ElementTree.parse(path)
+            root = defusedxml.ElementTree.parse(path).getroot()
         except (ParseError, ValueError, LookupError, OSError, DefusedXmlException) as error:
             raise DataError(f"{path}: not a readable annotation ({error}).") from error
-        if tree.getroot().tag != "annotation":
-            root = _shortened(tree.getroot().tag)
-            raise DataError(f"{path}: not a VOC annotation; its root is {root}.")
+        if root.tag != "annotation":
+            raise DataError(f"{path}: not a VOC annotation; its root is {root.tag[:80]!r}.")
         label = np.zeros(len(self.class_names), np.float32)
-        for annotated in tree.getroot().iterfind("object"):
+        for annotated in root.iterfind("object"):
             class_name = (annotated.findtext("name") or "").strip()
             if class_name not in self.class_names:
-                unknown = _shortened(class_name)
-                raise DataError(f"{path}: {unknown} is not in the class list; see --classes.")
+                raise DataError(f"{path}: {class_name[:80]!r} is not a known class; see --classes.")
             label[self.class_names.index(class_name)] = 1
         return label
 
+    def load_label(self, path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+        """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.
 
-def load_label(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> np.ndarray:
-    """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.
-
-    Raises DataError as ``load_index_png`` does, and for another size or an unknown label.
-    """
-    label = load_index_png(path)
-    if label.shape != size:
-        own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
-        raise DataError(f"{path}: is {own}, but its photograph is {wanted}; make the label again.")
-    unknown = np.setdiff1d(label, [*range(num_classes + 1), VOID])
-    if unknown.size:
-        labels = f"label {unknown[0]}, but there are {num_classes} classes"
-        raise DataError(f"{path}: has the {labels}; see --classes.")
-    return label
+        Raises DataError as ``load_index_png`` does, and for another size or an unknown label.
+        """
+        label = load_index_png(path)
+        if label.shape != size:
+            own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
+            raise DataError(f"{path}: is {own}, but its photograph is {wanted}; make it again.")
+        unknown = label[(label >= len(self.label_names)) & (label != VOID)]
+        if unknown.size:
+            classes = f"but there are {len(self.class_names)} classes; see --classes"
+            raise DataError(f"{path}: has the label {unknown[0]}, {classes}.")
+        return label
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
-    """Raise DataError if ``<folder>/<id><suffix>`` is missing for an id.
+    """Raise DataError, which ends in ``hint``, if ``<folder>/<id><suffix>`` is missing for an id.
 
-    Maps may be there in either form. The message names the first four and ends in ``hint``.
+    Maps may be there in either form.
     """
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        others = ", ".join(path.name for path in missing[1:4])
-        raise DataError(
-            f"{missing[0]}: no such file ({len(missing)} of {len(ids)} are missing)"
-            f"{', nor ' + others if others else ''}; {hint}."
-        )
+        count = f"{len(missing)} of {len(ids)} are missing"
+        raise DataError(f"{missing[0]}: no such file ({count}); {hint}.")

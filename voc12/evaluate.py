@@ -43,28 +43,16 @@ from tool.maps import load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
 from tool.run.errors import DataError, UsageError
 from tool.run.loading import load
-from voc12.devkit import (
-    BACKGROUND,
-    Devkit,
-    add_devkit_arguments,
-    open_devkit,
-    read_ids,
-    require_files,
-)
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
 # How maps K x H x W and a threshold become (K + 1) x H x W scores, background first.
 BACKGROUNDS = {"bg": fixed_background_and_maps, "alpha": background_and_maps}
 # The thresholds of --sweep, ascending.
-SWEEPS = {
-    "bg": tuple(step / 100 for step in range(61)),
-    "alpha": tuple(float(alpha) for alpha in range(1, 65)),
-}
+SWEEPS = {"bg": tuple(step / 100 for step in range(61)), "alpha": tuple(map(float, range(1, 65)))}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m voc12.evaluate", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m voc12.evaluate")
     add = parser.add_argument
     add_devkit_arguments(parser, labels=False)
     add("--list", required=True, help="images to score")
@@ -94,14 +82,12 @@ def winning_score(kind: str, value: float) -> np.float32:
     round alike.
     """
 
-    def as_score(bits: int) -> np.ndarray:
-        return np.array(bits, np.int32).view(np.float32)  # positive floats sort as their bits do
-
     def wins(bits: int) -> bool:
-        scores = BACKGROUNDS[kind](as_score(bits).reshape(1, 1, 1), value)
-        return scores.argmax(axis=0).item() == 1
+        score = np.int32(bits).view(np.float32)  # positive floats sort as their bits do
+        return BACKGROUNDS[kind](score.reshape(1, 1, 1), value).argmax() == 1
 
-    return as_score(bisect_left(range(np.float32(1).view(np.int32)), True, key=wins))[()]
+    bits = bisect_left(range(np.float32(1).view(np.int32)), True, key=wins)
+    return np.int32(bits).view(np.float32)
 
 
 @dataclass
@@ -115,15 +101,11 @@ class Scorer:
     masks: Path  # folder of <id>.png
     scored: Path  # folder of <id>.png or <id>.npy
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.devkit.class_names) + 1
-
     def _load(self, image_id: str, kind: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """An image's mask, uint8 H x W, its class maps, float32 K x H x W, and their classes."""
         mask = load_index_png(self.masks / f"{image_id}.png")
         path = self.scored / f"{image_id}.npy"
-        maps = load_cams(path, mask.shape, self.num_labels - 1)
+        maps = load_cams(path, mask.shape, len(self.devkit.class_names))
         stacked = stack_maps(maps, mask.shape)
         if kind == "alpha" and stacked.max(initial=0) > 1:
             raise DataError(f"{path}: has scores above 1, which --alpha cannot use; use --bg.")
@@ -133,7 +115,7 @@ class Scorer:
         """The confusion matrix of an index image."""
         prediction = load_index_png(self.scored / f"{image_id}.png")
         mask = load_index_png(self.masks / f"{image_id}.png")
-        return metrics.confusion_matrix(mask, prediction, self.num_labels)
+        return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
 
     def count_maps(
         self, image_id: str, kind: str, value: float, crf_backend: str | None = None
@@ -147,16 +129,15 @@ class Scorer:
                 raise ValueError("photograph and mask differ in size")
             (scores,) = dense_crf(photograph, [scores], backend=crf_backend)
         prediction = index_image(scores.argmax(axis=0), classes)
-        return metrics.confusion_matrix(mask, prediction, self.num_labels)
+        return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
 
     def count_sweep(self, image_id: str, kind: str, winning_scores: np.ndarray) -> np.ndarray:
         """The confusion matrix of class maps at each threshold, by its winning score."""
         mask, maps, classes = self._load(image_id, kind)
-        if not classes:
-            maps, classes = np.zeros((1, *mask.shape), np.float32), [0]  # a score of 0 never wins
-        winner = index_image(maps.argmax(axis=0) + 1, classes)
-        score = maps.max(axis=0)
-        return metrics.sweep_confusions(mask, winner, score, winning_scores, self.num_labels)
+        scores = fixed_background_and_maps(maps, 0)  # a score of 0 never wins
+        winner, score = index_image(scores.argmax(axis=0), classes), scores.max(axis=0)
+        num_labels = len(self.devkit.label_names)
+        return metrics.sweep_confusions(mask, winner, score, winning_scores, num_labels)
 
 
 @dataclass
@@ -172,9 +153,7 @@ class _Counts(Dataset):
             raise DataError(f"{image_id}: {error}.") from error
 
 
-def total_counts(
-    ids: Sequence[str], count: Callable[[str], np.ndarray], num_workers: int
-) -> np.ndarray:
+def total_counts(ids: Sequence[str], count: Callable, num_workers: int) -> np.ndarray:
     """The sum of ``count(image_id)`` over the images, computed in ``num_workers`` processes."""
     keys = ([image_id] for image_id in ids)
     with load(_Counts(count), keys, min(num_workers, len(ids)), collate=sum) as counts:
@@ -188,13 +167,13 @@ def sweep(scorer: Scorer, ids: Sequence[str], kind: str, num_workers: int) -> np
     return total_counts(ids, count, num_workers)
 
 
-def figures(confusion: np.ndarray, num_images: int, class_names: Sequence[str]) -> dict:
+def figures(confusion: np.ndarray, num_images: int, names: Sequence[str]) -> dict:
     """What --json holds, except "missing": percentages, None for a label that does not occur."""
 
     def by_name(fractions: np.ndarray) -> dict[str, float | None]:
         return {
             name: None if math.isnan(fraction) else 100 * float(fraction)
-            for name, fraction in zip((BACKGROUND, *class_names), fractions, strict=True)
+            for name, fraction in zip(names, fractions, strict=True)
         }
 
     false_positives = int(confusion[1:, 0].sum())
@@ -237,12 +216,10 @@ def table(result: dict) -> str:
     return "\n".join(rows)
 
 
-def sweep_figures(
-    kind: str, confusions: np.ndarray, num_images: int, class_names: Sequence[str]
-) -> dict:
+def sweep_figures(kind: str, confusions: np.ndarray, num_images: int, names: Sequence[str]) -> dict:
     """What --json holds of a sweep, except "missing"; the best is the first of the largest mIoU."""
     scored = [
-        {kind: value, **figures(confusion, num_images, class_names)}
+        {kind: value, **figures(confusion, num_images, names)}
         for value, confusion in zip(SWEEPS[kind], confusions, strict=True)
     ]
     return {
@@ -286,7 +263,7 @@ def sweep_plot(result: dict):
     axis.plot(values, [point["miou"] for point in result["points"]])
     axis.plot(best[kind], best["miou"], "o", label=f"best: {best['miou']:.1f} at {best[kind]:g}")
     title = {"bg": "background score", "alpha": "alpha of the background (1 - max score)^alpha"}
-    axis.set(xlabel=title[kind], ylabel="mIoU (%)", title=f"{result['images']} images")
+    axis.set(xlabel=title[kind], ylabel="mIoU (%)")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
@@ -307,9 +284,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def present_ids(args: argparse.Namespace, ids: Sequence[str]) -> Sequence[str]:
     """The images that can be scored; raises DataError if there is none, or not --allow_missing."""
     folder, suffix = (args.pred, ".png") if args.pred else (args.cam, ".npy")
-    present = [name for name in ids if maps_file(Path(folder, name + suffix)).is_file()]
-    if present and args.allow_missing:
-        return present
+    if args.allow_missing:
+        ids = [name for name in ids if maps_file(Path(folder, name + suffix)).is_file()] or ids
     program = "infer_aff.py --out_rw" if args.pred else "infer_cls.py --out_cam"
     require_files(folder, ids, suffix, f"{program} makes them")
     return ids
@@ -322,11 +298,10 @@ def count_images(args: argparse.Namespace, scorer: Scorer, ids: Sequence[str]) -
     elif args.pred:
         counts = total_counts(ids, scorer.count_labels, args.num_workers)
     else:
-        background = {"kind": "bg", "value": BACKGROUND_SCORE if args.bg is None else args.bg}
-        if args.alpha:
-            background = {"kind": "alpha", "value": args.alpha}
-        crf_backend = args.crf_backend if args.crf else None
-        count = functools.partial(scorer.count_maps, **background, crf_backend=crf_backend)
+        constant = BACKGROUND_SCORE if args.bg is None else args.bg
+        kind, value = ("alpha", args.alpha) if args.alpha else ("bg", constant)
+        crf = args.crf_backend if args.crf else None
+        count = functools.partial(scorer.count_maps, kind=kind, value=value, crf_backend=crf)
         counts = total_counts(ids, count, args.num_workers)
     if not counts.any():
         raise DataError(f"{args.list}: no pixel of its masks is labelled; nothing to score.")
@@ -346,7 +321,7 @@ def main(args: argparse.Namespace) -> None:
     require_files(masks, present, ".png", "--voc12_root or --gt, and the list must belong together")
     counts = count_images(args, Scorer(devkit, masks, Path(args.pred or args.cam)), present)
 
-    scored = counts, len(present), devkit.class_names
+    scored = counts, len(present), devkit.label_names
     result = sweep_figures(args.sweep, *scored) if args.sweep else figures(*scored)
     result["missing"] = len(ids) - len(present)
     if args.sweep:

@@ -16,6 +16,7 @@ here, so that every image counts twice.
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,20 +25,11 @@ from tool.files import make_folder
 from tool.maps import open_image, save_index_png
 from tool.run import cli
 from tool.run.errors import DataError
-from voc12.devkit import (
-    Devkit,
-    add_devkit_arguments,
-    load_label,
-    open_devkit,
-    read_ids,
-    require_files,
-)
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m voc12.export", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m voc12.export")
     add = parser.add_argument
     add_devkit_arguments(parser, labels=False)
     add("--rw", required=True, metavar="DIR", help="pseudo labels <id>.png, index images")
@@ -56,25 +48,19 @@ def write_tree(
     ``labels`` and ``masks`` are by image id, to train and to validate with. Raises DataError for an
     image that cannot be read, or a label that does not fit it.
     """
-
-    def transfer(source: Path, target: Path) -> None:
-        if copy:
-            shutil.copyfile(source, target)
-        else:
-            target.symlink_to(source.resolve())
-
+    transfer = shutil.copyfile if copy else os.symlink
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     for image_id, path in cli.progress((labels | masks).items(), "export"):
         photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
-        label = load_label(path, (height, width), len(devkit.class_names))
-        transfer(photograph, root / "JPEGImages" / photograph.name)
+        label = devkit.load_label(path, (height, width))
+        transfer(photograph.resolve(), root / "JPEGImages" / photograph.name)
         target = root / "SegmentationClass" / f"{image_id}.png"
         if image_id in labels:
             save_index_png(target, label)
         else:
-            transfer(path, target)
+            transfer(path.resolve(), target)
     if copy:
         shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     else:

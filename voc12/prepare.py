@@ -20,13 +20,10 @@ from tool.run.errors import DataError
 from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_ids
 
 SPLITS = ("train", "val", "test")
-AUGMENTED = "train_aug"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m voc12.prepare", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m voc12.prepare")
     add_devkit_arguments(parser, labels=False)
     add = parser.add_argument
     add("--out_dir", default="voc12", help="folder for the lists and the labels")
@@ -62,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     lists = {split: read_ids(file) for split, file in files.items() if file.is_file()}
     augmented = augmented_ids(devkit, lists, args.sbd_root)
     if augmented:
-        lists[AUGMENTED] = augmented
+        lists["train_aug"] = augmented
     if not lists:
         folders = "lists in ImageSets/Segmentation nor masks in SegmentationClassAug"
         raise DataError(f"{devkit.root}: has neither {folders}.")
@@ -83,10 +80,10 @@ def main(args: argparse.Namespace) -> None:
     for split in SPLITS:
         if split not in lists:
             print(f"not made: {split}.txt, because ImageSets/Segmentation has no {split}.txt.")
-    if AUGMENTED not in lists:
+    if not augmented:
         print(
-            f"not made: {AUGMENTED}.txt, because SegmentationClassAug has no masks. Put those of "
-            "VOC and SBD there, name SBD with --sbd_root, or train on train.txt (--train_list)."
+            "not made: train_aug.txt, because SegmentationClassAug has no masks. Put those of VOC "
+            "and SBD there, name SBD with --sbd_root, or train on train.txt (--train_list)."
         )
     unlabelled = len(ids) - len(labels)
     if unlabelled:

@@ -30,9 +30,6 @@ from voc12.devkit import VOC_CLASSES
 
 # Lengths are fractions of an image's long side, so that a scene looks alike at every size.
 SHORT_SIDE = (0.75, 1.0)
-DIAMETER = (0.42, 0.58)
-PATTERN_PERIOD = 0.045
-HEAD_FADE = 0.02
 
 
 class Look(NamedTuple):
@@ -72,10 +69,6 @@ class _Blob(NamedTuple):
     along: np.ndarray  # pixels from the centre towards the head
     across: np.ndarray
 
-    @property
-    def mask(self) -> np.ndarray:
-        return self.coverage > 0.5
-
 
 def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     """Write ``images`` scenes with a long side of ``size`` pixels as a devkit under ``out``.
@@ -84,9 +77,8 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     but the devkit of these arguments.
     """
     out = Path(out)
-    # Written into a new folder before anything else.
-    marker, arguments = out / "toy.json", {"images": images, "size": size, "seed": seed}
-    content = (json.dumps(arguments) + "\n").encode()
+    marker = out / "toy.json"  # written into a new folder before anything else
+    content = (json.dumps({"images": images, "size": size, "seed": seed}) + "\n").encode()
     if not (marker.is_file() and marker.read_bytes() == content):
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise DataError(f"{out}: is not a toy devkit of these arguments; name a new folder.")
@@ -143,7 +135,7 @@ def draw_scene(size: int, seed: int, index: int) -> tuple[np.ndarray, np.ndarray
         blob = _place(rng, LOOKS[name], size, blobs, owner)
         if blob is None:
             continue
-        owner[blob.mask] = len(blobs)
+        owner[blob.coverage > 0.5] = len(blobs)
         blobs.append(blob)
         names.append(name)
         colour = _colour(rng, LOOKS[name], blob, size)
@@ -160,12 +152,12 @@ def _place(
     """A blob in front of the others; None if twenty tries all hide too much of them."""
     for _ in range(20):
         blob = _draw_blob(rng, look, size, *owner.shape)
-        visible = np.where(blob.mask, -1, owner)
+        visible = np.where(blob.coverage > 0.5, -1, owner)
         # Half of an object and of its head must show: a hidden head would make a wrong label.
         if all(
-            (visible[part] == index).mean() >= 0.5
+            (visible[part > 0.5] == index).mean() >= 0.5
             for index, other in enumerate(blobs)
-            for part in (other.mask, other.mask & (other.head > 0.5))
+            for part in (other.coverage, np.minimum(other.coverage, other.head))
         ):
             return blob
     return None
@@ -173,7 +165,7 @@ def _place(
 
 def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, width: int) -> _Blob:
     """A connected, star-shaped blob: a superellipse with the lobes of its class and a wobble."""
-    diameter = size * rng.uniform(*DIAMETER)
+    diameter = size * rng.uniform(0.42, 0.58)
     length = diameter / 2 * np.sqrt(look.aspect) * rng.uniform(0.93, 1.07)
     breadth = diameter**2 / 4 / length
     centre_y, centre_x = rng.uniform(0.45 * diameter, np.array([height, width]) - 0.45 * diameter)
@@ -194,7 +186,7 @@ def _draw_blob(rng: np.random.Generator, look: Look, size: int, height: int, wid
     # The head, 0.28 to 0.4 of the area, ends at a slightly curved line across the blob.
     rank = along + rng.uniform(-0.25, 0.25) * across**2 / breadth
     start = np.quantile(rank[coverage > 0.5], 1 - rng.uniform(0.28, 0.4))
-    head = ((rank - start) / (HEAD_FADE * size) + 0.5).clip(0, 1)
+    head = ((rank - start) / (0.02 * size) + 0.5).clip(0, 1)
     return _Blob(coverage, head, (1 - distance / radius).clip(0, 1), along, across)
 
 
@@ -208,7 +200,7 @@ def _colour(rng: np.random.Generator, look: Look, blob: _Blob, size: int) -> np.
     hue, saturation, value = look.hsv
     ink = _rgb(hue + rng.uniform(-0.015, 0.015), saturation, value)
     body += look.trace * (ink - body)
-    period = PATTERN_PERIOD * size * rng.uniform(0.9, 1.1)
+    period = 0.045 * size * rng.uniform(0.9, 1.1)
     wave = look.pattern(blob.along / period, blob.across / period)
     strength = (look.trace + (1 - look.trace) * blob.head) * (1.0 + 1.5 * wave).clip(0.3, 1)
     surface = body + (ink - body) * strength[..., None]
@@ -253,9 +245,7 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m voc12.toy", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m voc12.toy")
     add = parser.add_argument
     add("out", metavar="OUT", help="folder of the devkit; created if missing")
     add("--images", default=160, type=cli.number(int, 2), help="images; one of five is for val")

@@ -22,9 +22,7 @@ from tool.weights.pytorch import save_tensors
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m tool.weights", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m tool.weights")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("show", help="list the tensors in a file").add_argument
     add("file", metavar="FILE", help="weight file of any kind")

@@ -18,15 +18,13 @@ from pathlib import Path
 from tool.files import atomic_write
 from tool.run import cli
 from tool.run.errors import UsageError
-from voc12.devkit import add_devkit_arguments, open_devkit, read_ids
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
 from voc12.report.data import SUFFIXES, Outputs, spread
 from voc12.report.page import page, sheet
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python3 -m voc12.report", description=__doc__, formatter_class=cli.help_formatter
-    )
+    parser = cli.make_parser(__doc__, "python3 -m voc12.report")
     add = parser.add_argument
     add_devkit_arguments(parser, labels=False)
     add("--list", required=True, help="images to report on")
@@ -53,8 +51,11 @@ def main(args: argparse.Namespace) -> None:
     devkit.require_output("--out", args.out)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     folders = {key: getattr(args, key) for key in SUFFIXES if getattr(args, key)}
+    devkit.require_images(ids)
+    for key, folder in folders.items():
+        hint = f"--{key} is what infer_cls.py or infer_aff.py made of the images of --list"
+        require_files(folder, ids, SUFFIXES[key], hint)
     outputs = Outputs(devkit, folders)
-    outputs.require(ids)
     if suffix == ".png":
         content = sheet(map(outputs.load, spread(ids, args.images or 6)))
     else:

@@ -18,7 +18,7 @@ from tool.maps import load_cams, load_crf_scores, stack_maps
 from tool.metrics import confusion_matrix, intersection_over_union
 from tool.run import cli
 from tool.run.errors import DataError
-from voc12.devkit import Devkit, load_label, require_files
+from voc12.devkit import Devkit
 from voc12.evaluate import figures
 
 STRIDE = 8  # cells of the affinity labels, as in training
@@ -43,21 +43,13 @@ class Outputs(NamedTuple):
     devkit: Devkit
     folders: dict[str, str]
 
-    def require(self, ids: Sequence[str]) -> None:
-        """Raise DataError if a photograph or a folder's file of an image is missing."""
-        self.devkit.require_images(ids)
-        for key, folder in self.folders.items():
-            hint = f"--{key} is what infer_cls.py or infer_aff.py made of the images of --list"
-            require_files(folder, ids, SUFFIXES[key], hint)
-
     def load(self, image_id: str) -> Example:
         """Read all there is of an image; raises DataError where it does not fit together."""
         photograph = self.devkit.load_image(image_id)
-        size = photograph.height, photograph.width
-        num_classes = len(self.devkit.class_names)
+        size, num_classes = photograph.size[::-1], len(self.devkit.class_names)
         path = {key: Path(self.folders[key], image_id + SUFFIXES[key]) for key in self.folders}
         mask_path = self.devkit.mask_path(image_id)
-        mask = load_label(mask_path, size, num_classes) if mask_path.is_file() else None
+        mask = self.devkit.load_label(mask_path, size) if mask_path.is_file() else None
         cams, predictions = {}, {}
         if "cam" in path:
             cams = load_cams(path["cam"], size, num_classes)
@@ -70,7 +62,7 @@ class Outputs(NamedTuple):
                 raise DataError(f"{path['la']}: has scores of the label {max(low)}, {hint}.")
             predictions["confident labels"] = confident_label(low, high)
         if "rw" in path:
-            predictions["random walk"] = load_label(path["rw"], size, num_classes)
+            predictions["random walk"] = self.devkit.load_label(path["rw"], size)
         # The CAMs are shown as heat; their labels only where there is no other prediction.
         labels = {name: predictions[name] for name in predictions if name != CAM} or predictions
         labels = labels | ({} if mask is None else {"mask": mask})
@@ -83,16 +75,16 @@ def confident_label(low: dict[int, np.ndarray], high: dict[int, np.ndarray]) -> 
     ``low`` and ``high`` are CRF scores {0 background, k class: float32 H x W} with the two alphas.
     Labels are those of whole cells; a border that does not fill a cell is ignored.
     """
-    size = low[0].shape
-    if min(size) < STRIDE:  # not one cell
-        return np.full(size, VOID, np.uint8)
-    scores = [torch.from_numpy(stack_maps(maps, size)) for maps in (low, high)]
+    label = np.full(low[0].shape, VOID, np.uint8)
+    if min(label.shape) < STRIDE:  # not one cell
+        return label
+    scores = [torch.from_numpy(stack_maps(maps, label.shape)) for maps in (low, high)]
     label_of_local = np.full(VOID + 1, VOID, np.uint8)
     label_of_local[: len(low)] = list(low)
     cells = label_of_local[affinity_label(*scores, STRIDE).numpy()]
     enlarged = cells.repeat(STRIDE, axis=0).repeat(STRIDE, axis=1)
-    border = (0, size[0] - enlarged.shape[0]), (0, size[1] - enlarged.shape[1])
-    return np.pad(enlarged, border, constant_values=VOID)
+    label[: enlarged.shape[0], : enlarged.shape[1]] = enlarged
+    return label
 
 
 def score(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -102,17 +94,17 @@ def score(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[s
     of the masks'; and each label's IoU in per cent by image and prediction, NaN if it is absent.
     """
     pixels, confusion, iou = 0, {}, {}
-    class_names = outputs.devkit.class_names
+    label_names = outputs.devkit.label_names
     for example in map(outputs.load, cli.progress(ids, "score")):
         pixels += np.count_nonzero(example.mask != VOID)
         iou[example.image_id] = {}
         for name, label in example.predictions.items():
             mask = np.where(label == VOID, VOID, example.mask)
-            counts = confusion_matrix(mask, label, len(class_names) + 1)
+            counts = confusion_matrix(mask, label, len(label_names))
             confusion[name] = confusion.get(name, 0) + counts
             iou[example.image_id][name] = 100 * intersection_over_union(counts)
     results = {
-        name: figures(counts, len(ids), class_names) | {"labelled": 100 * counts.sum() / pixels}
+        name: figures(counts, len(ids), label_names) | {"labelled": 100 * counts.sum() / pixels}
         for name, counts in confusion.items()
         if counts.any()
     }

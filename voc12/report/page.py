@@ -15,14 +15,12 @@ from matplotlib.figure import Figure
 from tool.cam import BACKGROUND_SCORE
 from tool.labels import VOID
 from tool.run import cli
-from voc12.devkit import BACKGROUND
 from voc12.evaluate import Scorer, sweep, sweep_figures, sweep_plot
 from voc12.report import pictures
 from voc12.report.data import CAM, Example, Outputs, choose, read_log, score
 
 # The salt makes equal runs give equal bytes.
-PLOT_OPTIONS = {"savefig.transparent": True, "grid.alpha": 0.3, "svg.hashsalt": "voc12.report"}
-PLOT_STYLE = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", PLOT_OPTIONS)
+PLOT_STYLE = ("seaborn-v0_8-whitegrid", "seaborn-v0_8-colorblind", {"svg.hashsalt": "report"})
 HEAT_COLOURS = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # uint8 256 x 3
 
 
@@ -30,7 +28,7 @@ def page(
     outputs: Outputs, ids: Sequence[str], num_shown: int, list_path: str, log_paths: Sequence[str]
 ) -> bytes:
     """The page on a list of images as an HTML file; its gallery shows ``num_shown`` of them."""
-    names = (BACKGROUND, *outputs.devkit.class_names)
+    names = outputs.devkit.label_names
     masked = [image_id for image_id in ids if outputs.devkit.mask_path(image_id).is_file()]
     losses = {path: read_log(path) for path in log_paths}
     results, iou = score(outputs, masked)
@@ -45,8 +43,8 @@ def page(
         for image_id in cli.progress(choose(ranking, num_shown), "pictures")
     ]
     source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Template(source, autoescape=True, **options)  # names may be anybody's
+    # Names may be anybody's: they are escaped.
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = template.render(
         percent=percent,
         list_path=Path(list_path),
@@ -94,7 +92,7 @@ def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], d
     scorer = Scorer(devkit, devkit.root / "SegmentationClass", Path(outputs.folders["cam"]))
     for kind, name in (("bg", "background score"), ("alpha", "alpha")):
         confusions = sweep(scorer, ids, kind, cli.default_num_workers())
-        result = sweep_figures(kind, confusions, len(ids), devkit.class_names)
+        result = sweep_figures(kind, confusions, len(ids), devkit.label_names)
         best[f"{CAM}, best {name}: {result['best'][kind]:g}"] = result["best"]
         curves[f"{CAM}, mIoU over the {name}"] = svg_uri(sweep_plot(result))
     return best, curves
@@ -107,6 +105,7 @@ def loss_plot(losses: Mapping[str, np.ndarray]) -> Figure:
     for name, points in losses.items():
         axes.plot(*points.T, label=name)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
     axes.legend(ncols=2)
     return figure
 
@@ -115,7 +114,7 @@ def svg_uri(figure: Figure) -> str:
     """The figure in the size of the page's plots, as a data URI."""
     buffer = io.BytesIO()
     figure.set_size_inches(5.4, 2.9)
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return pictures.data_uri("image/svg+xml", buffer.getvalue())
 
 

@@ -1,15 +1,17 @@
-"""Pictures of an image's maps and labels: colours over its photograph.
+"""Pictures of an image's maps, labels and random walk: colours over its photograph.
 
 A layer is a palette image (mode P) whose colours have an opacity.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tool.files import atomic_write
 from tool.labels import VOID, voc_palette
 
 CLASS_COLOURS = np.array(voc_palette(), np.uint8).reshape(-1, 3)
@@ -94,3 +96,18 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             drawn.paste(picture, (column * picture.width, top))
         top += row[0].height
     return drawn
+
+
+def save_trace(path: Path, image: Image.Image, labels: Mapping[int, np.ndarray]) -> None:
+    """Write ``<path>.png``, the photograph and the labels side by side, and ``<path>.gif``, a film.
+
+    ``labels`` is {number of steps: uint8 H x W index image} of an RGB image H x W, ascending.
+    """
+    panels = [panel(image, "image")]
+    for steps, label in labels.items():
+        panels.append(panel(image, f"steps: {steps}", [label_layer(label)]))
+    with atomic_write(f"{path}.png") as file:
+        grid([panels]).save(file, "PNG")
+    film = {"append_images": panels[1:], "duration": [600] * (len(panels) - 1) + [2000], "loop": 0}
+    with atomic_write(f"{path}.gif") as file:
+        panels[0].save(file, "GIF", save_all=True, **film)
