@@ -67,7 +67,7 @@ def write_tree(
         (root / "SegmentationClassAug").symlink_to("SegmentationClass")
     for name, ids in (("train", labels), ("aug", labels), ("val", masks)):
         text = "".join(f"{image_id}\n" for image_id in ids)
-        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text)
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text, "utf-8")
 
 
 def main(args: argparse.Namespace) -> None:
