@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from helpers import REPOSITORY
 
+from tool.run import loading
 from tool.run.errors import DataError
 from tool.run.loading import in_batches, load, load_each, shuffled
 
@@ -117,6 +119,22 @@ with load(Deadly(), [[0]], num_workers=1) as batches:
 def test_worker_that_dies_is_a_data_error():
     last_line = run_script(KILLED_WORKER).stderr.splitlines()[-1]
     assert re.search(r"DataError: a loader process died.*--num_workers", last_line)
+
+
+class Lost:
+    """Its samples do not come, as when shared memory is full."""
+
+    def __getitem__(self, index):
+        time.sleep(3)
+
+
+def test_a_batch_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(loading, "LOST_SECONDS", 1)
+    with (
+        pytest.raises(DataError, match=r"timed out.*/dev/shm.*--num_workers"),
+        load(Lost(), [[0]], num_workers=1) as batches,
+    ):
+        next(batches)
 
 
 ABANDONED = """

@@ -10,7 +10,7 @@ from tool.run.provenance import differences
 from tool.weights.pytorch import load_tensors, save_tensors
 
 FORMAT = "AffinityNet training, 2"
-NEW_START = "--resume never starts from the beginning and replaces it"
+NEW_START = "use --resume never to start from the beginning"
 
 
 def find_checkpoint(resume: str, path: Path) -> Path | None:

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tool.run.errors import DataError, reason
 
+# A batch that takes this long is lost: its process had no shared memory to send it through.
+LOST_SECONDS = 300
+
 
 class _Reporting(Dataset):
     """Returns a DataError instead of raising it: torch would wrap it into a traceback's text."""
@@ -67,6 +70,7 @@ def _loader(
             num_workers=num_workers,
             collate_fn=partial(_collate, collate),
             pin_memory=pin_memory,
+            timeout=LOST_SECONDS if num_workers else 0,
             worker_init_fn=_ignore_signals,
             # Without one of its own, it would draw from the generator that dropout draws from.
             generator=torch.Generator(),
@@ -75,11 +79,12 @@ def _loader(
     try:
         yield iterator
     except RuntimeError as error:
-        # PyTorch raises this in whatever line the program is when a process dies.
-        if "DataLoader worker" not in str(error):
+        # PyTorch raises this in any line of the program when a process dies.
+        if "DataLoader" not in str(error):
             raise
         raise DataError(
-            f"a loader process died ({reason(error)}); try fewer --num_workers."
+            f"a loader process died ({reason(error)}); if /dev/shm is small (a container's "
+            "--shm-size), enlarge it, or take fewer --num_workers, or 0."
         ) from error
     finally:
         if num_workers:
