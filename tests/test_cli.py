@@ -210,7 +210,9 @@ def test_help_explains_every_flag_with_its_default(name, tmp_path):
         assert action.help, action.option_strings
         assert all(option in text for option in action.option_strings)
         if action.default not in (None, "==SUPPRESS=="):
-            assert f"(default: {action.default})" in text, action.dest
+            default = action.default
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            assert f"(default: {shown})" in text, action.dest
     run_program(name, tmp_path).assert_failed(2, "--voc12_root")
 
 

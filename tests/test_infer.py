@@ -186,6 +186,14 @@ def test_the_same_settings_in_other_words_are_the_same(name, flags, finished, un
     assert contents(folder / "out") == undisturbed[name]
 
 
+def test_overwrite_in_another_form_leaves_no_outdated_files(finished):
+    folder = finished("cls")
+    run_program(f"{COMMANDS['cls']} --out_format npz --overwrite", folder).check()
+    for kind in ("cam", "la", "ha"):
+        names = {path.name for path in (folder / "out" / kind).glob("[!.]*")}
+        assert names == {f"{image_id}.npz" for image_id in ids_of(folder)}
+
+
 def test_overwrite_of_other_settings_makes_all_images_again_or_none(finished):
     folder = finished("cls")
     ids = ids_of(folder)

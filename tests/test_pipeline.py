@@ -221,6 +221,8 @@ def test_an_unfinished_training_continues(tmp_path, plan):
 
 def test_flags_of_later_stages_are_parsed_before_the_first_runs(tmp_path):
     command = f"{PIPELINE} {VGG} --train_aff_args"
+    taken = run_program(f"{command} '--session_name x'", tmp_path)
+    taken.assert_failed(2, "--train_aff_args", "the pipeline itself sets --session_name")
     run_program(f"{command} '--lr 0'", tmp_path).assert_failed(2, "--train_aff_args", "--lr", "'0'")
     run_program(f"{command} '--lr \"0.1'", tmp_path).assert_failed(2, "--train_aff_args")
     run_program(f"{command} '' --from infer_aff --stages evaluate", tmp_path).assert_failed(2)

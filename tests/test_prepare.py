@@ -54,7 +54,7 @@ def test_lists_name_images_and_masks_and_labels_are_in_voc_order(world):
     assert np.flatnonzero(labels["b1"]).tolist() == [14]
     assert not labels["v1"].any()
     assert "cls_labels.npy: labels of 4 images" in result.out
-    assert "1 images have no annotation" in result.out
+    assert "images without an annotation, hence without a label: 1 " in result.out
     # NumPy's own reader can load the file.
     again = np.load(lists / "cls_labels.npy", allow_pickle=True).item()
     assert again.keys() == labels.keys()

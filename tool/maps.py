@@ -43,8 +43,11 @@ def load_npy_dict(path: str | os.PathLike) -> dict:
     path = Path(path)
     try:
         return _read_npz(path) if path.suffix == MAP_FORMATS["npz"] else _read_npy(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or reason(error)}).") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        raise DataError(f"{path}: cannot be read ({reason(error)}); write it again.") from error
+        way = "remove it, and repeat the command that makes it"
+        raise DataError(f"{path}: cannot be read ({reason(error)}); {way}.") from error
 
 
 def _read_npy(path: Path) -> dict:
@@ -134,7 +137,8 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
     require_scores(high_path, high)
     if low.keys() != high.keys() or 0 not in low:
         problem = f"need background (0) and the same classes, not {sorted(low)} and {sorted(high)}"
-        raise DataError(f"{low_path} and {high_path}: {problem}; run infer_cls.py again for both.")
+        way = "name the folders of infer_cls.py's --out_la_crf and --out_ha_crf"
+        raise DataError(f"{low_path} and {high_path}: {problem}; {way}.")
     # A lower alpha means more background, whatever the image; a difference below 0.02 is no sign.
     if low[0].mean() < high[0].mean() - 0.02:
         problem = f"has less background than {high_path}, so the folders are swapped"

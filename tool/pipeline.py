@@ -183,8 +183,14 @@ def remove_outputs(args: argparse.Namespace, stage: str) -> None:
 def require_flags(args: argparse.Namespace, words_of: dict[str, list[str]]) -> None:
     """Raise UsageError if a program does not take the user's flags: now, not days later."""
     for stage, words in words_of.items():
-        if not getattr(args, f"{stage}_args", None):
+        own = {word.partition("=")[0] for word in getattr(args, f"{stage}_args", None) or []}
+        if not own:
             continue
+        fixed = own & {
+            word for command in COMMANDS if command.startswith(stage) for word in command.split()
+        }
+        if fixed:
+            raise UsageError(f"--{stage}_args: the pipeline itself sets {min(fixed)}.")
         parse = f"import {stage}; {stage}.get_args_parser().parse_args()"
         command = [sys.executable, "-c", parse, *words[1:]]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
@@ -227,12 +233,12 @@ def run(stage: str, words: list[str]) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if received:
-        hint = "repeat without --from to continue."
+        hint = "repeat the command, without --from, to continue."
         raise Interrupted(received[0], f"{stage} has ended; {hint}")
     if code:
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         if code == cli.EXIT_USAGE:
-            how += f"; if you changed its settings, add --from {stage}"
+            how += f"; if it refuses outputs of other settings, add --from {stage}"
         raise DataError(f"{stage}, the last command above, failed ({how}).")
 
 

@@ -68,7 +68,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
 def read_ids(path: str | os.PathLike) -> list[str]:
     """The image ids of a list file: the file stem of each line's first field, or a bare id."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such list; python3 -m voc12.prepare makes the lists.")
+        raise DataError(f"{path}: not a list file; python3 -m voc12.prepare makes the lists.")
     ids = []
     for line in read_lines(path):
         name = line.split()[0]
@@ -130,7 +130,9 @@ class Devkit:
         self.label_names = (BACKGROUND, *class_names)
         self.label_file = label_file
         if not (self.root / "JPEGImages").is_dir():
-            raise DataError(f"{root}: has no folder JPEGImages; --voc12_root is a folder VOC2012.")
+            raise DataError(
+                f"{root}: has no folder JPEGImages; --voc12_root must name the devkit's VOC2012."
+            )
         self._labels: dict = {}
         if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
             self._labels = load_npy_dict(label_file)

@@ -63,23 +63,25 @@ def main(args: argparse.Namespace) -> None:
     if not lists:
         folders = "lists in ImageSets/Segmentation nor masks in SegmentationClassAug"
         raise DataError(f"{devkit.root}: has neither {folders}.")
-    for split, ids in lists.items():
-        path = out_dir / f"{split}.txt"
-        with atomic_write(path) as file:
-            for image_id in ids:
-                file.write(f"{list_line(image_id, with_mask=split != 'test')}\n".encode())
-        print(f"{path}: {len(ids)} images")
-
     ids = sorted(set().union(*lists.values()))
     labels = {}
     for image_id in cli.progress(ids, "annotations"):
         if devkit.annotation_path(image_id).is_file():
             labels[image_id] = devkit.annotated_label(image_id)
+    for split, members in lists.items():
+        path = out_dir / f"{split}.txt"
+        with atomic_write(path) as file:
+            for image_id in members:
+                file.write(f"{list_line(image_id, with_mask=split != 'test')}\n".encode())
+        print(f"{path}: {len(members)} images")
     save_npy_dict(out_dir / "cls_labels.npy", labels)
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")
     for split in SPLITS:
         if split not in lists:
             print(f"not made: {split}.txt, because ImageSets/Segmentation has no {split}.txt.")
+    for path in (out_dir / f"{split}.txt" for split in (*SPLITS, "train_aug")):
+        if path.stem not in lists and path.exists():
+            print(f"WARNING: {path} is of an earlier run, perhaps of other data.")
     if not augmented:
         print(
             "not made: train_aug.txt, because SegmentationClassAug has no masks. Put those of VOC "
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         )
     unlabelled = len(ids) - len(labels)
     if unlabelled:
-        print(f"{unlabelled} images have no annotation and so no label (VOC's test images do not).")
+        print(f"images without an annotation, hence without a label: {unlabelled} (as VOC's test).")
 
 
 if __name__ == "__main__":

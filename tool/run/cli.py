@@ -94,8 +94,11 @@ def help_formatter(prog: str) -> argparse.HelpFormatter:
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        # "(default: None)" says nothing.
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, tuple):  # as it is typed
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def number(
@@ -129,7 +132,10 @@ random_seed = number(int, 0, 2**32 - 1)
 
 
 # The method by which a network's kind is known, and what the kind is called.
-NETWORK_KINDS = {"forward_cam": "classifier (..._cls)", "forward_features": "AffinityNet (..._aff)"}
+NETWORK_KINDS = {
+    "forward_cam": "a classifier (..._cls)",
+    "forward_features": "an AffinityNet (..._aff)",
+}
 
 
 def network(*methods: str) -> Callable[[str], ModuleType]:
@@ -151,7 +157,7 @@ def network(*methods: str) -> Callable[[str], ModuleType]:
             raise argparse.ArgumentTypeError(message) from error
         if not any(hasattr(getattr(loaded, "Net", None), method) for method in methods):
             kinds = " or ".join(NETWORK_KINDS[method] for method in methods)
-            raise argparse.ArgumentTypeError(f"{name!r} is no {kinds}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not {kinds}")
         return loaded
 
     return parse

@@ -124,6 +124,11 @@ class OutputFolder:
         return self.path / RECORDS[self.suffixes[0]]
 
     @property
+    def kind(self) -> tuple[str, ...]:
+        """The endings of all files with this record, whatever their format."""
+        return tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
+
+    @property
     def content(self) -> dict[str, Any]:
         """What the record must hold."""
         return {"origin": self.origin, "settings": dict(sorted(self.settings.items()))}
@@ -132,9 +137,8 @@ class OutputFolder:
         """The names of all files of this kind in the folder."""
         if not self.path.is_dir():
             return set()
-        kind = tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
         names = (name for name in os.listdir(self.path) if not name.startswith("."))
-        return {name for name in names if name.endswith(kind)}
+        return {name for name in names if name.endswith(self.kind)}
 
     def file_names_of(self, ids: Iterable[str]) -> set[str]:
         """The names of files that these images have there when they are complete."""
@@ -157,7 +161,7 @@ def require_same_settings(
         record, present = _read_record(folder), folder.file_names()
         if record == folder.content or not present:
             continue
-        others = present - folder.file_names_of(ids)
+        others = present - {image_id + suffix for image_id in ids for suffix in folder.kind}
         ways = "name another folder"
         if record is None:
             problem = "outputs, but no record of the settings that made them"
@@ -195,8 +199,9 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
     """
     for folder in folders:
         if overwrite:
-            for name in folder.file_names_of(ids):
-                (folder.path / name).unlink(missing_ok=True)
+            for image_id in ids:
+                for suffix in folder.kind:
+                    (folder.path / f"{image_id}{suffix}").unlink(missing_ok=True)
         for path in folder.path.glob(TEMPORARY_NAME.format("*", "*")):
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
@@ -210,7 +215,7 @@ def _read_record(folder: OutputFolder) -> dict[str, Any] | None:
     try:
         content = json.loads(folder.record.read_text(encoding="utf-8"))
         origin, settings = content["origin"], content["settings"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
     texts = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
     return content if isinstance(origin, str) and texts else None

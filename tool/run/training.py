@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tool.files import remove_leftovers
+from tool.files import make_folder, remove_leftovers
 from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from tool.run.devices import StopSignals, Switches
@@ -167,6 +167,7 @@ def start_training(
         save_every=args.save_every,
     )
     if devices.is_main():
+        make_folder(training.checkpoint.parent)
         for path in (training.checkpoint, f"{session}.pth"):
             remove_leftovers(path)
     found = find_checkpoint(args.resume, training.checkpoint)

@@ -191,8 +191,8 @@ def _difference(net: nn.Module, found: Mapping[str, Tensor], required: list[str]
         for name in required
     ]
     problem = f"another network: this looks like {describe(found)}"
-    if describe(found) == describe(wanted):
-        problem = "this network for other classes, or not all of them; see --classes"
+    if describe(wanted).startswith(describe(found)):
+        problem = "a part of this network, or of it for other classes; see --classes"
     problem += f"; --network is {network} ({describe(wanted)})"
     return f"these are weights of {problem}. First differences: {_names(differences)}."
 

@@ -31,7 +31,8 @@ def load_tensors(path: str | os.PathLike, kind: str) -> Any:
         if "TorchScript archives" in str(error):
             wish = "is a TorchScript archive, which holds code; save its state_dict by torch.save"
             raise DataError(f"{path}: {wish}.") from error
-        raise DataError(f"{path}: not a readable {kind} ({reason(error)}).") from error
+        problem = "damaged or incomplete" if "zip archive" in str(error) else reason(error)
+        raise DataError(f"{path}: not a readable {kind} ({problem}).") from error
 
 
 def save_tensors(path: str | os.PathLike, content: Any) -> None:
