@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from tool.run.devices import StopSignals, Switches
 from tool.run.errors import DataError, Interrupted, UsageError
-from tool.run.loading import load, shuffled
+from tool.run.loading import in_batches, load, shuffled
 from tool.run.log import Log, describe_run
 from tool.run.provenance import digest_file, settings_of
 from tool.weights import WEIGHT_WORDS
@@ -113,11 +114,13 @@ def remaining_batches(training: Training) -> Iterator[list]:
 
     The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
     """
-    size = training.batch_size
-    for step in range(training.step, training.max_step):
-        epoch, batch = divmod(step, training.steps_per_epoch)
+    first_epoch, done = divmod(training.step, training.steps_per_epoch)
+    for epoch in range(first_epoch, training.epochs):
         order = shuffled(training.num_images, training.seed, epoch)
-        yield [(epoch, index) for index in devices.shard(order[batch * size : (batch + 1) * size])]
+        batches = in_batches(order, training.batch_size)
+        for batch in islice(batches, done, training.steps_per_epoch):
+            yield [(epoch, index) for index in devices.shard(batch)]
+        done = 0
 
 
 def start_training(
