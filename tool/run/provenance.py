@@ -149,6 +149,10 @@ class OutputFolder:
             for suffix in self.suffixes
         }
 
+    def file_names_in_any_format(self, ids: Iterable[str]) -> set[str]:
+        """The names that files of this kind can have for these images."""
+        return {image_id + suffix for image_id in ids for suffix in self.kind}
+
 
 def require_same_settings(
     folders: Iterable[OutputFolder], ids: Sequence[str], overwrite: bool
@@ -161,7 +165,7 @@ def require_same_settings(
         record, present = _read_record(folder), folder.file_names()
         if record == folder.content or not present:
             continue
-        others = present - {image_id + suffix for image_id in ids for suffix in folder.kind}
+        others = present - folder.file_names_in_any_format(ids)
         ways = "name another folder"
         if record is None:
             problem = "outputs, but no record of the settings that made them"
@@ -199,9 +203,8 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
     """
     for folder in folders:
         if overwrite:
-            for image_id in ids:
-                for suffix in folder.kind:
-                    (folder.path / f"{image_id}{suffix}").unlink(missing_ok=True)
+            for name in folder.file_names_in_any_format(ids):
+                (folder.path / name).unlink(missing_ok=True)
         for path in folder.path.glob(TEMPORARY_NAME.format("*", "*")):
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
