@@ -2,12 +2,13 @@
 
 import errno
 import glob
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Where a file grows until it is complete, from its name and a random word.
 TEMPORARY_NAME = ".{}.{}.tmp"
@@ -34,6 +35,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a content as JSON for people to read, complete or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def make_folder(folder: Path) -> None:

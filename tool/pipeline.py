@@ -27,7 +27,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tool.files import atomic_write
+from tool.files import atomic_write, write_json
 from tool.run import cli
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.weights import FRESH
@@ -294,9 +294,9 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run or "evaluate" not in dict(todo):
         return
     content, text = results(args)
-    for name, new in (("results.json", json.dumps(content, indent=2)), ("results.md", text)):
-        with atomic_write(Path(args.out_dir, name)) as file:
-            file.write(f"{new}\n".encode())
+    write_json(Path(args.out_dir, "results.json"), content)
+    with atomic_write(Path(args.out_dir, "results.md")) as file:
+        file.write(f"{text}\n".encode())
     print(f"\n{text}\n\nwritten to {Path(args.out_dir, 'results.md')} and results.json")
 
 

@@ -24,7 +24,6 @@ import argparse
 import csv
 import functools
 import io
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from torch.utils.data import Dataset
 from tool import metrics
 from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
 from tool.crf import background_and_maps, dense_crf
-from tool.files import atomic_write
+from tool.files import atomic_write, write_json
 from tool.labels import index_image
 from tool.maps import load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
@@ -327,8 +326,7 @@ def main(args: argparse.Namespace) -> None:
     if args.sweep:
         result["best"]["missing"] = result["missing"]
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
+        write_json(args.json, result)
     if args.csv:
         with atomic_write(args.csv) as file:
             file.write(sweep_csv(result).encode())

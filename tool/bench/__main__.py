@@ -16,7 +16,6 @@ or --compile also compare with what is computed without them.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 
@@ -24,7 +23,7 @@ import torch
 
 from tool.bench.released import affinity, compare, crf, peak_megabytes, random_walk
 from tool.bench.stages import infer, step, time_program
-from tool.files import atomic_write
+from tool.files import write_json
 from tool.run import cli
 from tool.run.devices import choose_device
 from tool.run.log import describe_run
@@ -98,8 +97,7 @@ def main(args: argparse.Namespace) -> None:
         figures |= {f"{side}_peak_mb": peak_in_child(side) for side in ("baseline", "ours")}
     print_figures(figures)
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write((json.dumps(figures, indent=2) + "\n").encode())
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

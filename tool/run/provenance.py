@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tool.files import TEMPORARY_NAME, atomic_write
+from tool.files import TEMPORARY_NAME, write_json
 from tool.maps import MAP_FORMATS
 from tool.run.errors import UsageError
 from tool.weights import FRESH
@@ -209,8 +209,7 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
         if _read_record(folder) != folder.content:
-            with atomic_write(folder.record) as file:
-                file.write((json.dumps(folder.content, indent=2) + "\n").encode())
+            write_json(folder.record, folder.content)
 
 
 def _read_record(folder: OutputFolder) -> dict[str, Any] | None:

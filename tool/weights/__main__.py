@@ -10,11 +10,10 @@ its little-endian bytes. convert writes a state dict from which both trainings c
 
 import argparse
 import hashlib
-import json
 
 import torch
 
-from tool.files import atomic_write
+from tool.files import write_json
 from tool.run import cli
 from tool.run.errors import UsageError, printable
 from tool.weights import describe, read_weight_file, take_weights
@@ -49,8 +48,7 @@ def show(args: argparse.Namespace) -> None:
         contents[name] = {"shape": shape, "dtype": dtype, "sha256": digest}
         print(f"{printable(name)}  {' x '.join(map(str, shape)) or 'scalar'}  {dtype}  {digest}")
     if args.json:
-        with atomic_write(args.json) as out:
-            out.write((json.dumps(contents, indent=2) + "\n").encode())
+        write_json(args.json, contents)
 
 
 def convert(args: argparse.Namespace) -> None:
