@@ -2,7 +2,7 @@
 
 VGG-16, as published (lr 0.1; take 0.01 and network.resnet38_aff for ResNet-38):
     python3 train_aff.py --lr 0.1 --batch_size 8 --max_epoches 8 --crop_size 448
-        --voc12_root VOC2012 --network network.vgg16_aff --weights vgg16_20M.caffemodel
+        --voc12_root VOC2012 --network network.vgg16_aff --weights imagenet
         --wt_dec 5e-4 --la_crf_dir LA --ha_crf_dir HA
 
 Several GPUs (--batch_size stays the total; several machines: docs/clusters.md):
@@ -27,11 +27,11 @@ from tool.run.provenance import digest, digest_maps, digest_photographs
 from tool.run.training import (
     end_epoch,
     finish,
+    load_start_weights,
     open_batches,
     start_training,
     train_one_epoch,
 )
-from tool.weights import load_for_training
 from voc12.datasets import AffinityTrainingSet
 from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     net = args.network.Net(radius=args.radius)
     check_crop_size(args.crop_size, net.stride, args.radius)
     notes: list[str] = []
-    load_for_training(net, args.weights, notes.append)
+    fresh_layers = load_start_weights(net, args.weights, notes)
     train_set = AffinityTrainingSet(
         devkit,
         train_ids,
@@ -114,7 +114,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return pair_losses(model, *batch, args.radius, device, args.amp)
 
     contents = digests(args, devkit, train_ids)
-    training = start_training(args, net, len(train_ids), device, contents, notes)
+    training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
     with open_batches(training, train_set, args.num_workers) as batches:
         while training.epoch < args.max_epoches:
             losses = train_one_epoch(training, batches, losses_of)

@@ -2,12 +2,10 @@
 
 VGG-16, as published:
     python3 train_cls.py --lr 0.1 --batch_size 16 --max_epoches 15 --crop_size 448
-        --network network.vgg16_cls --voc12_root VOC2012 --wt_dec 5e-4
-        --weights vgg16_20M.caffemodel
+        --network network.vgg16_cls --voc12_root VOC2012 --wt_dec 5e-4 --weights imagenet
 ResNet-38, as published:
     python3 train_cls.py --lr 0.01 --batch_size 16 --max_epoches 15 --crop_size 448
-        --network network.resnet38_cls --voc12_root VOC2012 --wt_dec 5e-4
-        --weights ilsvrc-cls_rna-a1_cls1000_ep-0001.params
+        --network network.resnet38_cls --voc12_root VOC2012 --wt_dec 5e-4 --weights imagenet
 
 Several GPUs (--batch_size stays the total; several machines: docs/clusters.md):
     torchrun --nproc_per_node=4 train_cls.py --lr 0.1 ...
@@ -34,11 +32,11 @@ from tool.run.training import (
     end_epoch,
     finish,
     leave_if_stopped,
+    load_start_weights,
     open_batches,
     start_training,
     train_one_epoch,
 )
-from tool.weights import load_for_training
 from voc12.datasets import ClassifierTrainingSet, ClassifierValidationSet
 from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 
@@ -117,7 +115,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     net = args.network.Net(num_classes=len(devkit.class_names))
     notes: list[str] = []
-    load_for_training(net, args.weights, notes.append)
+    fresh_layers = load_start_weights(net, args.weights, notes)
     train_set = ClassifierTrainingSet(
         devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
     )
@@ -132,14 +130,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return {"loss": loss * (len(images) / args.batch_size)}
 
     contents = digests(devkit, train_ids, val_ids)
-    training = start_training(args, net, len(train_ids), device, contents, notes)
+    training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
     with open_batches(training, train_set, args.num_workers) as batches:
         while training.epoch < args.max_epoches:
             losses = train_one_epoch(training, batches, losses_of)
             val_loss = validate(net, val_set, args, device, training.stop)
             leave_if_stopped(training)
             if not math.isfinite(val_loss):
-                raise diverged(f"the validation loss is not finite at step {training.step}")
+                what = f"the validation loss is not finite at step {training.step}"
+                raise diverged(training, what)
             training.log.plot(training.step, {"validation loss": val_loss})
             summary = f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}"
             end_epoch(training, summary)

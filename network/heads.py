@@ -9,7 +9,8 @@ A backbone has:
 - ``level_channels``: the channels of its three feature levels, all of that stride, lowest first;
 - ``forward_levels(x)``: B x 3 x H x W -> the three levels, each B x channels x h x w;
 - ``normalize(image)``: uint8 H x W x 3 RGB -> float32 H x W x 3, as the pretrained weights expect;
-- ``frozen``: the names of the modules whose parameters do not train.
+- ``frozen``: the names of the modules whose parameters do not train;
+- ``optional_layers``: those of its layers that some files to start from lack, if there are any.
 """
 
 import torch
@@ -54,6 +55,7 @@ class ClassifierHead(_Head):
     """A 1x1 convolution classifies; its maps before pooling are the CAMs (Sec. 3.1, eq. 1)."""
 
     new_layers = fast_layers = ("fc8",)
+    dropout = 0.5  # released code
 
     def __init__(self, num_classes: int = 20):
         super().__init__()
@@ -64,7 +66,7 @@ class ClassifierHead(_Head):
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images B x 3 x H x W -> logits B x classes."""
         features = self.forward_levels(x)[-1]
-        features = F.dropout2d(features, 0.5, self.training)  # 0.5: released code
+        features = F.dropout2d(features, self.dropout, self.training)
         return self.fc8(features).mean(dim=(2, 3))
 
     def forward_cam(self, x: Tensor) -> Tensor:

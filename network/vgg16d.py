@@ -1,6 +1,7 @@
 """VGG-16 in DeepLab-LargeFOV's form: stride 8, dilated conv5, fc6 and fc7 as convolutions."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,24 @@ STAGES = ((2, 64, 1), (2, 128, 1), (3, 256, 1), (3, 512, 1), (3, 512, 2))
 # Stride of the pooling after each of the first four stages; there is no pooling after conv5_3.
 POOL_STRIDES = (2, 2, 2, 1)
 
+# fc6 and fc7 start as the identity, for weights that lack them. ImageNet's conv5_3 has a standard
+# deviation of 12 to 17 on photographs, which fc6 divides by.
+FC6_GAIN, FC7_GAIN = 1 / 15, 1
+NOISE = 0.1  # standard deviation of an output's noise, as a part of the input's times the gain
+
+
+def pass_through(layer: nn.Conv2d, gain: float) -> None:
+    """Initialize a layer's centre tap to pass its input on, times a gain, with a little noise.
+
+    Where there are more outputs than inputs, the inputs repeat.
+    """
+    channels_out, channels_in, height, width = layer.weight.shape
+    nn.init.normal_(layer.weight, std=NOISE * gain / (channels_in * height * width) ** 0.5)
+    nn.init.zeros_(layer.bias)
+    outputs = torch.arange(channels_out)
+    with torch.no_grad():
+        layer.weight[outputs, outputs % channels_in, height // 2, width // 2] += gain
+
 
 class Backbone(nn.Module):
     """The layers conv1_1 to fc7. The network sets ``fc6_dilation``."""
@@ -19,6 +38,7 @@ class Backbone(nn.Module):
     level_channels = (512, 512, 1024)
     stride = 8
     frozen = ("conv1_1", "conv1_2", "conv2_1", "conv2_2")
+    optional_layers = ("fc6", "fc7")
     fc6_dilation: int
 
     def __init__(self):
@@ -31,6 +51,8 @@ class Backbone(nn.Module):
                 channels_in = channels
         self.fc6 = nn.Conv2d(512, 1024, 3, padding=self.fc6_dilation, dilation=self.fc6_dilation)
         self.fc7 = nn.Conv2d(1024, 1024, 1)
+        pass_through(self.fc6, FC6_GAIN)
+        pass_through(self.fc7, FC7_GAIN)
 
     @staticmethod
     def normalize(image: np.ndarray) -> np.ndarray:

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from golden import recipe
 from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
 
 TINY = ("tiny_cls", "tiny_aff")
-REAL = ("vgg16_cls", "vgg16_aff", "resnet38_cls", "resnet38_aff")
+BACKBONES = ("vgg16", "resnet38", "resnet50")
+REAL = tuple(f"{backbone}_{kind}" for backbone in BACKBONES for kind in ("cls", "aff"))
 
 
 def _named(kind=""):
@@ -50,7 +53,7 @@ def _batch(net, height, width, count=1) -> torch.Tensor:
 def test_logits_and_cams_come_from_the_same_class_scores(net):
     x = _batch(net.eval(), height=41, width=53)
     scores, cam, logits = net.fc8(net.forward_levels(x)[-1]), net.forward_cam(x), net(x)
-    assert cam.shape == (1, 20, math.ceil(41 / 8), math.ceil(53 / 8))
+    assert cam.shape == (1, 20, math.ceil(41 / net.stride), math.ceil(53 / net.stride))
     assert cam.min() == 0
     assert cam.max() > 0
     if type(net).__module__ == "network.vgg16_cls":
@@ -79,7 +82,7 @@ def test_number_of_classes_and_radius_are_arguments(name):
         else:
             net = _module(name).Net(num_classes=3)
             assert net(x).shape == (2, 3)
-            assert net.forward_cam(x).shape == (2, 3, 8, 8)
+            assert net.forward_cam(x).shape == (2, 3, 64 // net.stride, 64 // net.stride)
 
 
 @each_net
@@ -103,7 +106,7 @@ def test_train_freezes_layers_and_keeps_batch_norm_in_evaluation(net):
         assert parameter.requires_grad == (not frozen), name
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not any(norm.training for norm in norms)
-    assert bool(norms) == ("resnet38" in type(net).__module__)
+    assert bool(norms) == ("resnet" in type(net).__module__)
     assert not net.eval().training
 
 
@@ -142,6 +145,8 @@ DROPOUTS = {  # (probability, channels) in the order of the forward pass
     "vgg16_aff": [(0.5, 1024)],
     "resnet38_cls": [(0.3, 512), (0.3, 1024), (0.5, 1024), (0.5, 2048), (0.5, 4096)],
     "resnet38_aff": [(0.3, 512), (0.3, 1024), (0.5, 1024), (0.5, 2048)],
+    "resnet50_cls": [(0.0, 2048)],
+    "resnet50_aff": [],
 }
 
 
@@ -185,6 +190,32 @@ def _assert_xavier_uniform(weight, gain):
     assert weight.abs().max() <= bound
     assert weight.abs().max() > 0.99 * bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "dilated"), [("cls", (0, 0, 1)), ("aff", (0, 1, 1))])
+@torch.no_grad()
+def test_resnet50_levels_are_those_of_torchvisions_dilated_network(name, dilated):
+    torch.manual_seed(0)
+    theirs = resnet50(replace_stride_with_dilation=[bool(flag) for flag in dilated]).eval()
+    ours = _module(f"resnet50_{name}").Net().eval()
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert unexpected == ["fc.weight", "fc.bias"]
+    assert {key.partition(".")[0] for key in missing} == set(ours.new_layers)
+    x = torch.randn(1, 3, 64, 80)
+    levels = create_feature_extractor(theirs, ["layer2", "layer3", "layer4"])(x).values()
+    for level, expected in zip(ours.forward_levels(x), levels, strict=True):
+        torch.testing.assert_close(level, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fresh_fc6_and_fc7_pass_conv5_on():
+    torch.manual_seed(0)
+    net = _module("vgg16_aff").Net().eval()
+    conv5 = 15 * torch.randn(1, 512, 9, 9).relu()  # as on photographs
+    passed = F.relu(net.fc7(F.relu(net.fc6(conv5))))
+    for half in passed.split(512, dim=1):
+        assert torch.corrcoef(torch.stack([half.flatten(), conv5.flatten()]))[0, 1] > 0.95
+        assert half.std().item() == pytest.approx(conv5.std().item() / 15, rel=0.1)
 
 
 @pytest.mark.parametrize(

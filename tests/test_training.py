@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_TRAINING, run_program, write_training_data
 from torch import nn
 
 from tool.run.cli import add_training_arguments
@@ -213,6 +214,27 @@ def test_lack_of_memory_names_the_flags(training):
 
     with pytest.raises(DataError, match=r"out of memory on cpu in step 1; .*--batch_size.*--amp"):
         train_one_epoch(training(FourGroups(), 1), _batches(0.1), losses_of)
+
+
+def test_loss_that_is_not_finite_names_the_fresh_layers(training):
+    run = training(FourGroups(), 1)
+    run.fresh_layers = ["fc6", "fc7"]
+    with pytest.raises(
+        DataError, match=r"step 1 .*; fc6 and fc7 were not in the weights: try --lr"
+    ):
+        train_one_epoch(run, _batches(math.nan), _losses_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY_TRAINING)
+def test_resnet50_learns(kind, tmp_path):
+    write_training_data(tmp_path, 5)
+    command = TINY_TRAINING[kind].replace("tiny_", "resnet50_")
+    flags = "--lr 1e-4 --max_epoches 6 --num_workers 0 --log_every 1 --session_name run"
+    run_program(f"{command} {flags}", tmp_path).check()
+    with open(tmp_path / "run.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert max(losses[-2:]) < min(losses[:2])
 
 
 def test_weights_that_are_not_finite_are_not_written(training, tmp_path):

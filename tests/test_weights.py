@@ -9,9 +9,8 @@ import os
 import pickle
 import re
 import zipfile
+from argparse import Namespace
 from pathlib import Path
-from unittest import mock
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from torchvision.models import vgg
 from weight_files import Calls, caffemodel, damaged, params
 
 from network import tiny_aff, tiny_cls, vgg16_cls
-from tool.run.errors import DataError, UsageError
+from tool.run.errors import DataError
 from tool.weights import (
     load_for_inference,
     load_for_training,
@@ -74,8 +73,19 @@ def _equal(first, second) -> bool:
         lambda state: {"model": state},
         lambda state: {f"module.{name}": value for name, value in state.items()},
         lambda state: {"state_dict": {f"module.{name}": v for name, v in state.items()}},
+        lambda state: {
+            "epoch": 1,
+            "state": {"anything": state},
+            "optimizer": {"state": {0: state}},
+        },
+        lambda state: {
+            "ema": {"x": torch.ones(1)},
+            "args": Namespace(lr=[0.1, None]),
+            "net": state,
+        },
+        lambda state: {"best": [np.float64(61.2), np.int32(7), np.bool_(True)], "weights": state},
     ],
-    ids=["plain", "state_dict", "model", "module.", "both"],
+    ids=["plain", "state_dict", "model", "module.", "both", "nested", "several", "NumPy"],
 )
 def test_every_form_of_a_checkpoint_is_read(wrap, zipped, path, lines):
     source, net = _classifier(1), _classifier(2)
@@ -88,6 +98,18 @@ def test_every_form_of_a_checkpoint_is_read(wrap, zipped, path, lines):
         "random initialization: none",
         "unused: none",
     ]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.model.", "student.backbone."])
+def test_prefix_under_which_all_names_fit_is_taken_off(prefix, path, lines):
+    source, net = _classifier(1), _classifier(2)
+    state = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    torch.save(state | {"projection.weight": torch.ones(3), "trunk0.weight": torch.ones(1)}, path)
+    load_for_inference(net, str(path), lines.append)
+    assert _equal(net.state_dict(), source.state_dict())
+    torch.save(state | {f"other.{name}": value for name, value in state.items()}, path)
+    with pytest.raises(DataError, match=f"several times .*{re.escape(prefix)}"):
+        load_for_inference(net, str(path), lines.append)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -216,6 +238,14 @@ def test_none_leaves_every_tensor_fresh_and_warns(load, lines, tmp_path, monkeyp
 
 # ---- names and shapes as published ----
 
+
+def test_deeper_network_is_refused(golden, lines):
+    net = _classifier(1)
+    found = net.state_dict() | {"trunk4.1.weight": torch.ones(1)}
+    with pytest.raises(DataError, match=r"more layers than network\.tiny_cls: trunk4\.1\.weight"):
+        take_weights(net, "a.pth", found, (), lines.append)
+
+
 NETWORKS = {
     "vgg16_cls": "VGG-16 classifier",
     "vgg16_aff": "VGG-16 AffinityNet",
@@ -323,6 +353,65 @@ def test_caffe_blobs_of_four_sides_take_the_networks_shapes(path, lines):
         assert _equal(net.state_dict(), source.state_dict())
 
 
+def test_convolutions_alone_start_vgg16_and_name_the_recipe(golden, lines, path):
+    shapes = golden("meta")["vgg16_cls.state_dict"]
+    torch.save(_zeros({k: v for k, v in shapes.items() if k.startswith("conv")}), path)
+    net = vgg16_cls.Net()
+    assert load_for_training(net, str(path), lines.append) == ["fc6", "fc7"]
+    assert (
+        lines[1] == "random initialization: fc6.weight, fc6.bias, fc7.weight, fc7.bias, fc8.weight"
+    )
+    assert lines[3].startswith("fc6 and fc7 are not in the weights: train with --lr 0.003 ")
+    with pytest.raises(DataError, match=r"fc6\.weight missing"):
+        load_for_inference(net, str(path), lines.append)
+
+
+@pytest.mark.parametrize("origin", ["IMAGENET1K_V1", "IMAGENET1K_FEATURES"])
+def test_torchvisions_vgg16_is_converted(origin, path, lines):
+    torch.manual_seed(0)
+    features = vgg.make_layers(vgg.cfgs["D"])
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.bias)
+    rows, columns = torch.arange(4096.0), torch.arange(25088.0)
+    whole = {
+        "classifier.0.weight": columns.expand(4096, -1),
+        "classifier.0.bias": rows,
+        "classifier.3.weight": (rows[:, None] - rows) / 4,
+        "classifier.3.bias": -rows,
+    }
+    void = {"classifier.0.weight": torch.tensor(torch.nan)}
+    state = {f"features.{key}": value for key, value in features.state_dict().items()}
+    torch.save(state | (whole if origin.endswith("V1") else void), path)
+    net = vgg16_cls.Net()
+    fresh = load_for_training(net, str(path), lines.append)
+    assert f"normalized as its {origin}" in lines[0]
+
+    image = noise_image(80, 80, seed=1)
+    transform = vgg.VGG16_Weights[origin].transforms(resize_size=80, crop_size=80)
+    theirs = transform(image)[None]
+    ours = torch.from_numpy(net.normalize(np.asarray(image))).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = features[:4](theirs)
+        actual = F.relu(net.conv1_2(F.relu(net.conv1_1(ours))))
+    inner = (..., slice(2, -2), slice(2, -2))
+    assert (actual - expected)[inner].abs().max() < 1e-5 * expected.abs().max()
+    layers = [name for name, _ in net.named_modules() if name.startswith("conv")]
+    convolutions = [module for module in features if isinstance(module, nn.Conv2d)]
+    for convolution, layer in list(zip(convolutions, layers, strict=True))[1:]:
+        assert _equal(net.get_submodule(layer).state_dict(), convolution.state_dict())
+
+    if origin == "IMAGENET1K_FEATURES":
+        assert fresh == ["fc6", "fc7"]
+        return
+    assert fresh == []
+    channel, y, x = 200, 1, 2  # of 7 x 7 taps, the rows and columns 0, 3 and 6
+    assert (net.fc6.weight[:, channel, y, x] == channel * 49 + 3 * y * 7 + 3 * x).all()
+    assert torch.equal(net.fc6.bias, rows[::4])
+    assert torch.equal(net.fc7.weight[..., 0, 0], rows[:1024, None] - rows[:1024])
+    assert torch.equal(net.fc7.bias, -rows[::4])
+
+
 def _torchscript() -> bytes:
     """An archive that torch.load takes for a TorchScript module."""
     file = io.BytesIO()
@@ -353,6 +442,7 @@ def test_folder_is_named_as_a_folder(tmp_path):
         ([torch.ones(2)], "no state dict"),
         ({"a": torch.ones(2), "b": 1}, "no state dict"),
         ({1: torch.ones(2)}, "no state dict"),
+        ({"a": {"x": torch.ones(2)}, "b": {"x": torch.ones(2)}}, r"several state dicts \(a, b\)"),
     ],
 )
 def test_what_is_no_weight_file_is_named(content, words, path):
@@ -363,69 +453,6 @@ def test_what_is_no_weight_file_is_named(content, words, path):
     with pytest.raises(DataError, match=words) as error:
         _read(path)
     assert str(error.value).startswith(f"{path}: ")
-
-
-# ---- imagenet ----
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A folder of our own for torchvision's downloads, from which nothing can be downloaded."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=URLError("no network here")))
-    return tmp_path / "checkpoints" / "vgg16_features-amdegroot-88682ab5.pth"
-
-
-@pytest.mark.slow
-def test_imagenet_gives_torchvisions_features(hub, lines):
-    torch.manual_seed(0)
-    features = vgg.make_layers(vgg.cfgs["D"])
-    convolutions = [module for module in features if isinstance(module, nn.Conv2d)]
-    for convolution in convolutions:
-        nn.init.normal_(convolution.bias)
-    hub.parent.mkdir()
-    state = {f"features.{key}": v for key, v in features.state_dict().items()}
-    torch.save(state | {"classifier.0.weight": torch.tensor(torch.nan)}, hub)
-    net = vgg16_cls.Net()
-    load_for_training(net, "imagenet", lines.append)
-
-    image = noise_image(80, 80, seed=1)
-    transform = vgg.VGG16_Weights.IMAGENET1K_FEATURES.transforms(resize_size=80, crop_size=80)
-    theirs = transform(image)[None]
-    ours = torch.from_numpy(net.normalize(np.asarray(image))).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        expected = features[:4](theirs)
-        actual = F.relu(net.conv1_2(F.relu(net.conv1_1(ours))))
-    inner = (..., slice(2, -2), slice(2, -2))
-    assert (actual - expected)[inner].abs().max() < 1e-5 * expected.abs().max()
-    assert (actual - expected).norm() < 1e-3 * expected.norm()
-    layers = [n for n, _ in net.named_modules() if n.startswith("conv")]
-    for convolution, layer in list(zip(convolutions, layers, strict=True))[1:]:
-        assert _equal(net.get_submodule(layer).state_dict(), convolution.state_dict())
-    assert lines[:2] == [
-        "weights: 26 tensors taken from torchvision's VGG-16 (VGG-16)",
-        "random initialization: fc6.weight, fc6.bias, fc7.weight, fc7.bias, fc8.weight",
-    ]
-
-
-def test_imagenet_is_for_training_of_vgg16_only(lines):
-    with pytest.raises(UsageError, match=r"imagenet: .*network\.tiny_cls"):
-        load_for_training(_classifier(1), "imagenet", lines.append)
-    with pytest.raises(UsageError, match="imagenet: is for training"):
-        load_for_inference(_without_memory("vgg16_cls"), "imagenet", lines.append)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"<html>"])
-def test_failed_download_says_where_the_file_can_be_put(content, hub, lines):
-    if content is not None:
-        hub.parent.mkdir()
-        hub.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        load_for_training(_without_memory("vgg16_cls"), "imagenet", lines.append)
-    url = vgg.VGG16_Weights.IMAGENET1K_FEATURES.url
-    for part in ("--weights imagenet", url, f"put it at {hub}"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # ---- the tool ----

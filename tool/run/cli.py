@@ -179,7 +179,9 @@ def add_training_arguments(
     """The flags of both training programs, besides ``--network``, with a stage's defaults."""
     add = parser.add_argument
     add(
-        "--weights", required=True, help="file to start from; imagenet (VGG-16's, downloaded); none"
+        "--weights",
+        required=True,
+        help="file to start from; imagenet: the network's published start, downloaded; none",
     )
     add("--train_list", default="voc12/train_aug.txt", help="images to train on")
     add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")

@@ -235,6 +235,16 @@ def gather(value: T) -> list[T]:
     return values
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The block runs in the first rank, and then in the others; all ranks must enter it."""
+    if not is_main():
+        gather(None)
+    yield
+    if is_main():
+        gather(None)
+
+
 def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
     """The network for training steps: its gradients become the mean over ranks.
 

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,7 +24,7 @@ from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import in_batches, load, shuffled
 from tool.run.log import Log, describe_run
 from tool.run.provenance import digest_file, settings_of
-from tool.weights import WEIGHT_WORDS
+from tool.weights import ADVICE, WEIGHT_WORDS, load_for_training
 from tool.weights.pytorch import save_tensors
 
 # Factors of learning rate and weight decay of the four parameter groups: pretrained weights and
@@ -90,6 +90,7 @@ class Training:
     stop: StopSignals
     log_every: int
     save_every: int | None
+    fresh_layers: Sequence[str] = ()  # of the backbone, that the start weights lack
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, with what follows their last step
     losses: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
@@ -123,6 +124,12 @@ def remaining_batches(training: Training) -> Iterator[list]:
         done = 0
 
 
+def load_start_weights(net: nn.Module, source: str, notes: list[str]) -> list[str]:
+    """``load_for_training``; adds its lines to the notes. One rank downloads before the others."""
+    with devices.main_first():
+        return load_for_training(net, source, notes.append)
+
+
 def start_training(
     args: argparse.Namespace,
     net: nn.Module,
@@ -130,10 +137,12 @@ def start_training(
     device: torch.device,
     contents: dict[str, str],
     notes: list[str],
+    fresh_layers: Sequence[str] = (),
 ) -> Training:
     """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
 
-    ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log.
+    ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log;
+    ``fresh_layers`` is what ``load_start_weights`` returned.
     Raises DataError if the checkpoint cannot be used or the images do not fill a batch, UsageError
     if a batch has no image for some rank. All ranks must call it.
     """
@@ -168,6 +177,7 @@ def start_training(
         stop=StopSignals(),
         log_every=args.log_every,
         save_every=args.save_every,
+        fresh_layers=fresh_layers,
     )
     if devices.is_main():
         make_folder(training.checkpoint.parent)
@@ -273,7 +283,7 @@ def _read_losses(training: Training) -> None:
         losses = dict(zip(names, row, strict=True))
         if not math.isfinite(losses["loss"]):
             parts = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-            raise diverged(f"the loss is not finite at step {step} ({parts})")
+            raise diverged(training, f"the loss is not finite at step {step} ({parts})")
         training.losses.append(losses)
 
 
@@ -281,9 +291,12 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in losses) / len(losses) for name in losses[0]}
 
 
-def diverged(what: str) -> DataError:
+def diverged(training: Training, what: str) -> DataError:
     """The error that ends a training whose numbers are not finite any more."""
-    return DataError(f"{what}; no weights were written; try a smaller --lr.")
+    advice = "try a smaller --lr."
+    if training.fresh_layers:
+        advice = f"{' and '.join(training.fresh_layers)} were not in the weights: try {ADVICE}."
+    return DataError(f"{what}; no weights were written; {advice}")
 
 
 def leave_if_stopped(training: Training) -> None:
@@ -350,7 +363,7 @@ def finish(training: Training) -> None:
     state = _on_cpu(training.net)
     for name, value in state.items():
         if not value.isfinite().all():
-            raise diverged(f"{name} is not finite after the last step")
+            raise diverged(training, f"{name} is not finite after the last step")
     save_tensors(f"{training.session}.pth", state)
     training.log.write(f"weights written to {training.session}.pth")
     training.checkpoint.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from tool.run.errors import DataError, UsageError, printable, reason
 from tool.weights import caffe, mxnet
-from tool.weights.imagenet import imagenet_weights
+from tool.weights.download import START_FILES, first_usable
 from tool.weights.pytorch import load_tensors
+from tool.weights.vgg import from_torchvision
 
-# What --weights takes besides files: random initialization, and VGG-16's trained on ImageNet.
+# What --weights takes besides files: random initialization, and a download of ImageNet's.
 WEIGHT_WORDS = FRESH, IMAGENET = "none", "imagenet"
 Report = Callable[[str], None]  # prints a line
 
@@ -30,10 +31,15 @@ SIGNATURES = {
     "conv5_3.weight": "VGG-16",
     "b7.conv_branch2b2.weight": "ResNet-38",
     "trunk4.weight": "the tiny network",
-    "features.28.weight": "torchvision's VGG-16",
+    "layer3.5.conv3.weight": "ResNet-50",
+    "features.28.weight": "torchvision's VGG",
     "layer4.0.conv1.weight": "torchvision's ResNet",
 }
 HEAD_SIGNATURES = {"fc8.weight": "classifier", "f9.weight": "AffinityNet"}
+# What a checkpoint may have its weights under, the first in this order.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "ema")
+# Where layers of the backbone are not in the file, the published learning rate is too large.
+ADVICE = "--lr 0.003 --momentum 0.9; see docs/weights.md"
 
 
 class WeightFile(NamedTuple):
@@ -47,8 +53,8 @@ class WeightFile(NamedTuple):
 def read_weight_file(path: str | os.PathLike) -> WeightFile:
     """The tensors in a weight file of any kind.
 
-    A state dict may be under ``state_dict`` or ``model``, with DataParallel's prefix ``module.``.
-    Raises DataError if the file is missing, damaged, of no known kind, or holds more than tensors.
+    A PyTorch file may have the state dict within other dicts, and plain data beside it. Raises
+    DataError if the file is missing, damaged, of no known kind, or holds what could be code.
     """
     try:
         with open(path, "rb") as file:
@@ -67,22 +73,33 @@ def read_weight_file(path: str | os.PathLike) -> WeightFile:
     except IsADirectoryError as error:
         raise DataError(f"{path}: is a folder; name the weight file.") from error
     except OSError as error:
-        ways = f"--weights {IMAGENET} (VGG-16) and {FRESH} need no file"
+        ways = f"--weights {IMAGENET} and {FRESH} need no file"
         raise DataError(f"{path}: cannot be read ({error.strerror}); {ways}.") from error
     except Exception as error:  # a damaged file can raise nearly anything
         raise DataError(f"{path}: not a readable weight file ({reason(error)}).") from error
 
 
 def _read_pytorch(path: str | os.PathLike) -> dict[str, Tensor]:
-    content = load_tensors(path, "weight file")
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise DataError(f"{path}: holds no state dict (names and tensors, and nothing else).")
-    return dict(content)
+    dicts = _dicts_of_tensors(load_tensors(path, "weight file"))
+    if not dicts:
+        form = "no state dict: names and tensors, and nothing else"
+        raise DataError(f"{path}: holds no weights ({form}).")
+    wrapped = [name for key in WRAPPERS for name in dicts if name.split(".")[-1] == key]
+    if len(dicts) > 1 and not wrapped:
+        raise DataError(f"{path}: holds several state dicts ({_names(list(dicts))}); save one.")
+    return dict(dicts[[*wrapped, *dicts][0]])
+
+
+def _dicts_of_tensors(content: Any, name: str = "") -> dict[str, Mapping[str, Tensor]]:
+    """The state dicts in nested dicts, by their keys, as in "model.ema"."""
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        return {}
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return {name: content}
+    found = {}
+    for key, value in content.items():
+        found |= _dicts_of_tensors(value, f"{name}.{key}".removeprefix("."))
+    return found
 
 
 def _read_arrays(read: Callable[[bytes], dict[str, np.ndarray]], path: str | os.PathLike):
@@ -90,7 +107,7 @@ def _read_arrays(read: Callable[[bytes], dict[str, np.ndarray]], path: str | os.
     return {name: torch.tensor(array) for name, array in read(Path(path).read_bytes()).items()}
 
 
-_without_module = methodcaller("removeprefix", "module.")
+_without_module = methodcaller("removeprefix", "module.")  # DataParallel's
 _read_caffe = partial(_read_arrays, caffe.read_caffemodel)
 _read_mxnet = partial(_read_arrays, mxnet.read_params)
 # How a file begins, its form, what reads it, and the network's name of a tensor from its name
@@ -112,26 +129,48 @@ BEGINNINGS = (
 
 def describe(state: Mapping[str, Tensor]) -> str:
     """What network a state dict looks like by its names, e.g. "VGG-16 classifier"."""
-    backbone = [title for name, title in SIGNATURES.items() if name in state]
-    head = [title for name, title in HEAD_SIGNATURES.items() if name in state]
-    return " ".join(backbone + head) if backbone else "no network of this project"
+
+    def titles(signatures: Mapping[str, str]) -> list[str]:
+        names = tuple(f".{name}" for name in state)  # perhaps with a prefix before the point
+        return [t for end, t in signatures.items() if any(n.endswith(f".{end}") for n in names)]
+
+    backbone, head = titles(SIGNATURES), titles(HEAD_SIGNATURES)
+    return " ".join(backbone[:1] + head) if backbone else "no network of this project"
 
 
-def load_for_training(net: nn.Module, source: str, report: Report) -> None:
+def load_for_training(net: nn.Module, source: str, report: Report) -> list[str]:
     """Start a network from ``--weights``: a file, ``imagenet``, or ``none``.
 
-    The file must have every tensor but those of ``net.new_layers``. Raises DataError as
-    ``take_weights`` or if the download fails, UsageError if ``imagenet`` is not for the network.
+    The file must have every tensor but those of the head and of the backbone's
+    ``optional_layers``; returns the latter's layers that it lacks. Raises DataError as
+    ``take_weights`` or if the download fails, UsageError if there is none for the network.
     """
+    optional = getattr(net, "optional_layers", ())
     if source == FRESH:
         report("WARNING: --weights none: random initialization; published results need ImageNet.")
-        return
+        return []
     if source == IMAGENET:
-        source, found = "torchvision's VGG-16", imagenet_weights(net)
-        optional = ("fc6", "fc7", *net.new_layers)
+        taken = _download(net, report)
     else:
-        found, optional = read_weight_file(source).found, net.new_layers
-    net.load_state_dict(take_weights(net, source, found, optional, report), strict=False)
+        found = read_weight_file(source).found
+        taken = take_weights(net, source, found, (*net.new_layers, *optional), report)
+    net.load_state_dict(taken, strict=False)
+    fresh = [name for name in optional if f"{name}.weight" not in taken]
+    if fresh:
+        report(f"{' and '.join(fresh)} are not in the weights: train with {ADVICE}")
+    return fresh
+
+
+def _download(net: nn.Module, report: Report) -> dict[str, Tensor]:
+    """The tensors that the network takes of its start weights."""
+    kind = describe(net.state_dict()).rpartition(" ")[0]
+    if kind not in START_FILES:
+        raise UsageError(f"--weights imagenet: there are none for {type(net).__module__}.")
+
+    def use(url: str, path: Path) -> dict[str, Tensor]:
+        return take_weights(net, url, read_weight_file(path).found, net.new_layers, report)
+
+    return first_usable(START_FILES[kind], use, report)
 
 
 def load_for_inference(net: nn.Module, source: str, report: Report) -> None:
@@ -153,10 +192,12 @@ def take_weights(
 ) -> dict[str, Tensor]:
     """What the network takes of the tensors found in ``source``, in its names and shapes.
 
-    ``report`` gets a line each: what was taken, what is initialized at random, what is unused.
-    Raises DataError if more is missing than the layers ``optional``, or a tensor is not finite.
+    Names may have a prefix (``module.``, ``student.``, ...). ``report`` gets a line each: what was
+    taken, what is initialized at random, what is unused. Raises DataError if more is missing than
+    the layers ``optional``, if there are more layers, or a tensor is not finite.
     """
     wanted = net.state_dict()
+    found = from_torchvision(net, _without_prefix(net, source, found), report)
     # Sides of 1 may differ: Caffe once wrote four sides always, and fc8 as an inner product.
     taken = {
         name: found[name].reshape(value.shape)
@@ -175,10 +216,33 @@ def take_weights(
         if not extremes.isfinite().all():
             raise DataError(f"{source}: {name} has values that are not finite; train again.")
     unused = [name for name in found if name not in taken]
+    modules = dict(net.named_children())  # ResNet-101 has all of ResNet-50, and more
+    deeper = [name for name in unused if name not in wanted and name.split(".")[0] in modules]
+    if deeper:
+        network = type(net).__module__
+        raise DataError(f"{source}: has more layers than {network}: {_names(deeper)}.")
     report(f"weights: {len(taken)} tensors taken from {source} ({describe(found)})")
     report(f"random initialization: {', '.join(fresh) or 'none'}")
     report(f"unused: {_names(unused) or 'none'}")
     return taken
+
+
+def _without_prefix(
+    net: nn.Module, source: str, found: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The tensors with the names that they have after the prefix of this network's names.
+
+    Raises DataError if two prefixes fit equally well: they are two networks.
+    """
+    wanted = [name for name in net.state_dict() if not name.endswith("num_batches_tracked")]
+    prefixes = {"", *(name[: -len(wanted[0])] for name in found if name.endswith(f".{wanted[0]}"))}
+    fitting = {p: sum(p + name in found for name in wanted) for p in sorted(prefixes)}
+    best = max(fitting, key=fitting.get)
+    if best and list(fitting.values()).count(fitting[best]) > 1:
+        shown = _names([p for p in fitting if fitting[p] == fitting[best]])
+        raise DataError(f"{source}: holds the network several times ({shown}); save one of them.")
+    others = {name: value for name, value in found.items() if not name.startswith(best)}
+    return others | {n.removeprefix(best): v for n, v in found.items() if n.startswith(best)}
 
 
 def _difference(net: nn.Module, found: Mapping[str, Tensor], required: list[str]) -> str:

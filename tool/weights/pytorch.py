@@ -1,5 +1,6 @@
 """PyTorch's checkpoints, by ``torch.load(weights_only=True)``, which runs no code from a file."""
 
+import argparse
 import io
 import os
 import pickle
@@ -7,10 +8,21 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from tool.files import atomic_write
 from tool.run.errors import DataError, printable, reason
+
+# Plain data that checkpoints of other programs hold beside the tensors; none of it runs code.
+_scalar, _ = np.float64().__reduce__()  # what NumPy pickles a scalar by; it has moved once
+_codes = f"?{np.typecodes['AllFloat']}{np.typecodes['AllInteger']}"
+PLAIN_DATA = [
+    argparse.Namespace,
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(code)) for code in _codes},
+]
 
 
 def load_tensors(path: str | os.PathLike, kind: str) -> Any:
@@ -19,7 +31,7 @@ def load_tensors(path: str | os.PathLike, kind: str) -> Any:
     Raises DataError, with the ``kind`` of file, if it is missing, damaged, or more than tensors.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_DATA):
             warnings.simplefilter("ignore")  # about old forms of checkpoints
             # From PyTorch 2.6 on, no file makes this run code (CVE-2025-32434).
             return torch.load(path, map_location="cpu", weights_only=True)
