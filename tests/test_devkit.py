@@ -29,7 +29,12 @@ def devkit(tmp_path):
         ("2007_000032\n2007_000039\n", ["2007_000032", "2007_000039"]),
         ("2007_000032", ["2007_000032"]),  # no newline at the end
         ("img.v2.01\n/JPEGImages/img.v2.02.jpg\n", ["img.v2.01", "img.v2.02"]),
-        ("a.jpg\nb.JPG\nc.png\n", ["a", "b", "c"]),
+        ("a.jpg\nb.JPG\nc.png\nd.tiff\ne.v2.WebP\n", ["a", "b", "c", "d", "e.v2"]),
+        ("/JPEGImages/my photo.TIF /X/my photo.png\n/x/a.bmp 1\n", ["my photo", "a"]),
+        ("\\JPEGImages\\a.v2.jpg \\X\\a.v2.png\nJPEGImages\\b\n", ["a.v2", "b"]),
+        ("C:\\my VOC\\my b.PNG 1\n", ["my b"]),
+        # As in VOC's Main lists: -1 absent, 1 there, 0 difficult
+        ("a -1\nb  1\nc\t0\n/x/my d.jpg -1\r\n-1\ne-1\n", ["b", "c", "-1", "e-1"]),
         ("# all of them\n\n  a  \n\t\nb # blurred\n#c\n", ["a", "b"]),
         ("a\r\n\r\n/JPEGImages/b.jpg /X/b.png\r\n", ["a", "b"]),
         ("\ufeffa\nb\n", ["a", "b"]),
@@ -168,3 +173,12 @@ def test_cmyk_photograph_shows_its_colours(devkit):
     image = np.asarray(devkit.load_image("a")).astype(int)
     assert image.shape == (16, 16, 3)
     assert abs(image - (200, 40, 90)).max() <= 6
+
+
+def test_photograph_is_found_by_its_id_with_any_ending(devkit):
+    folder = devkit.root / "JPEGImages"
+    for suffix in (".ppm", ".GIF", ".webp", ".TIFF", ".tif", ".PNG", ".jpeg", ".JPG", ".jpg"):
+        (folder / f"a.b{suffix}").touch()
+        assert devkit.image_path("a.b").name == f"a.b{suffix}"  # before those that were there
+        devkit.require_images(["a.b"])
+    assert devkit.image_path("c").name == "c.jpg"

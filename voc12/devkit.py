@@ -30,8 +30,13 @@ BACKGROUND = "background"
 LABEL_FILE = "voc12/cls_labels.npy"
 # A file's name has 255 bytes at most; this leaves room for an ending and a temporary name's.
 MAX_ID_BYTES = 220
+# Endings of photographs, in lower or upper case; of several files of an id, the first counts.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+IMAGE_ENDING = rf"\.(?:{'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})"
 # Names that leave a folder, or whose lines in a list would be cut at a comment or an image's name.
-NO_ID = re.compile(r"^\.{0,2}$|[/\\]| #|\.(jpe?g|png) ", re.IGNORECASE)
+NO_ID = re.compile(rf"^\.{{0,2}}$|[/\\]| #|{IMAGE_ENDING} ", re.IGNORECASE)
+# The backslashes of a path; those of a mere name are not replaced but refused.
+SEPARATOR = re.compile(rf"(?<=JPEGImages)\\|\\(?=.*{IMAGE_ENDING})", re.IGNORECASE)
 # A devkit's folders, which no output may go to.
 INPUT_FOLDERS = (
     *("JPEGImages", "Annotations", "ImageSets"),
@@ -70,14 +75,16 @@ def read_ids(path: str | os.PathLike) -> list[str]:
     if not Path(path).is_file():
         raise DataError(f"{path}: not a list file; python3 -m voc12.prepare makes the lists.")
     ids = []
-    for line in read_lines(path):
+    # VOC's Main lists, each of a class, mark by -1 the images without it.
+    lines = (line for line in read_lines(path) if line.split()[1:][-1:] != ["-1"])
+    for line in (SEPARATOR.sub("/", line) for line in lines):
         name = line.split()[0]
         if "/" in name:
             # A path may hold spaces: it ends before the next path, or where an image's name does.
             first_path = re.split(r"\s+/", line)[0]
-            image = re.match(r".*?\.(?:jpe?g|png)(?=\s|$)", first_path, re.IGNORECASE)
+            image = re.match(rf".*?{IMAGE_ENDING}(?=\s|$)", first_path, re.IGNORECASE)
             name = Path(image[0] if image else name).stem
-        elif name.lower().endswith((".jpg", ".jpeg", ".png")):  # a bare id may hold other dots
+        elif name.lower().endswith(IMAGE_SUFFIXES):  # a bare id may hold other dots
             name = Path(name).stem
         ids.append(name)
     if not ids:
@@ -140,7 +147,11 @@ class Devkit:
                 raise DataError(f"{label_file}: its keys are not image ids; see voc12.prepare.")
 
     def image_path(self, image_id: str) -> Path:
-        return self.root / "JPEGImages" / f"{image_id}.jpg"
+        """The photograph, by the first of IMAGE_SUFFIXES that is there; without one, <id>.jpg."""
+        folder = self.root / "JPEGImages"
+        cases = (case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
+        paths = (folder / (image_id + suffix) for suffix in cases)
+        return next(filter(Path.exists, paths), folder / f"{image_id}.jpg")
 
     def annotation_path(self, image_id: str) -> Path:
         return self.root / "Annotations" / f"{image_id}.xml"
@@ -151,7 +162,8 @@ class Devkit:
     def require_images(self, ids: Sequence[str]) -> None:
         """Raise DataError if a photograph is missing."""
         hint = "--voc12_root and the list do not belong together"
-        require_files(self.root / "JPEGImages", ids, ".jpg", hint)
+        names = [self.image_path(image_id).name for image_id in ids]
+        require_files(self.root / "JPEGImages", names, "", hint)
 
     def require_labelled_images(self, ids: Sequence[str]) -> str:
         """Raise DataError if a photograph or label is missing; return where labels are from."""
