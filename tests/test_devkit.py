@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import noise_image, working_directory, write_annotation, write_image
+from helpers import noise_image, working_directory, write_annotation, write_image, write_mask
 from PIL import Image
 
 from tool.maps import save_npy_dict
@@ -182,3 +182,15 @@ def test_photograph_is_found_by_its_id_with_any_ending(devkit):
         assert devkit.image_path("a.b").name == f"a.b{suffix}"  # before those that were there
         devkit.require_images(["a.b"])
     assert devkit.image_path("c").name == "c.jpg"
+
+
+@pytest.mark.parametrize(("kind", "orientation"), [("JPEG", 6), ("PNG", 5), ("PNG", 1)])
+def test_label_of_another_size_than_a_turned_photograph(kind, orientation, devkit):
+    image = noise_image(6, 8)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(devkit.root / "JPEGImages" / "a.jpg", kind, exif=exif)
+    path = write_mask(devkit.root, "a", np.zeros((8, 6)))
+    way = "EXIF" if orientation > 4 else "make it again"
+    with pytest.raises(DataError, match=rf"a\.png is 8 x 6, .* is 6 x 8; .*{way}"):
+        devkit.load_label(path, (6, 8))

@@ -6,6 +6,7 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 """
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from xml.etree.ElementTree import ParseError
 import defusedxml.ElementTree
 import numpy as np
 from defusedxml.common import DefusedXmlException
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tool.labels import VOID
 from tool.maps import load_index_png, load_npy_dict, maps_file, open_image
@@ -232,15 +233,36 @@ class Devkit:
 
         Raises DataError as ``load_index_png`` does, and for another size or an unknown label.
         """
-        label = load_index_png(path)
-        if label.shape != size:
-            own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
-            raise DataError(f"{path}: is {own}, but its photograph is {wanted}; make it again.")
+        label = load_index_png(path, len(self.label_names))
+        self.require_size(Path(path), label.shape, "its photograph", size)
         unknown = label[(label >= len(self.label_names)) & (label != VOID)]
         if unknown.size:
             classes = f"but there are {len(self.class_names)} classes; see --classes"
             raise DataError(f"{path}: has the label {unknown[0]}, {classes}.")
         return label
+
+    def require_size(self, path: Path, size: tuple, other: str, other_size: tuple) -> None:
+        """Raise DataError if the (H, W) of a file <id>.* and of another of the image differ."""
+        if size == other_size:
+            return
+        way = "make it again"
+        with contextlib.suppress(Exception):  # damaged EXIF can raise nearly anything
+            exif = open_image(self.image_path(path.stem)).getexif()
+            if exif.get(ExifTags.Base.Orientation, 1) > 4:  # swaps height and width
+                way = "EXIF turns the photograph, which is not applied here: save it as it is shown"
+        own, wanted = (f"{height} x {width}" for height, width in (size, other_size))
+        raise DataError(f"{path.stem}: {path} is {own}, but {other} is {wanted}; {way}.")
+
+    def require_classes(self, mask_paths: Iterable[Path]) -> None:
+        """Raise DataError if masks hold background and void only: 255 is an editor's object."""
+        seen = set()
+        for path in mask_paths:
+            seen |= set(np.unique(load_index_png(path, len(self.label_names))).tolist())
+            if seen - {0, VOID}:
+                return
+        if seen == {0, VOID}:
+            problem = "the masks of the list hold 0 and 255 (void), but no class"
+            raise DataError(f"{path.parent}: {problem}; write the k-th class as k.")
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
@@ -248,6 +270,8 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
 
     Maps may be there in either form.
     """
+    if Path(folder).is_file():
+        raise DataError(f"{folder}: is a file; name the folder of <id>{suffix}: {hint}.")
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:

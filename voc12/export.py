@@ -57,10 +57,12 @@ def write_tree(
         label = devkit.load_label(path, (height, width))
         transfer(photograph.resolve(), root / "JPEGImages" / f"{image_id}.jpg")
         target = root / "SegmentationClass" / f"{image_id}.png"
-        if image_id in labels:
+        if image_id in labels or open_image(path).tobytes() != label.tobytes():  # reordered indices
             save_index_png(target, label)
         else:
             transfer(path.resolve(), target)
+    for paths in (labels, masks):
+        devkit.require_classes(paths.values())
     if copy:
         shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     else:
