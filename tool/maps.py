@@ -11,6 +11,7 @@ An *index image* is a uint8 H x W array of class indices, stored as a palette PN
 import functools
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -227,7 +228,11 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             # Above the limit, Pillow only warns; at twice the limit, it refuses.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
+                # Of 16 bits a colour, Pillow keeps the upper 8. After loading, no tile names them.
+                is_deep = re.search("(RGB|A|X);16", str(image.tile))
                 image.load()
+                if is_deep and max(high for _, high in image.convert("RGB").getextrema()) < 64:
+                    raise ValueError("of 16 bits a colour, it uses 14 or less; save it with 8 bits")
                 return image.copy()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error

@@ -186,14 +186,13 @@ class Devkit:
 
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
-        image = open_image(self.image_path(image_id))
-        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-            high_byte = np.array(image).astype(np.int64) >> 8
-            image = Image.fromarray(np.clip(high_byte, 0, 255).astype(np.uint8))
+        path = self.image_path(image_id)
+        image = open_image(path)
         try:
+            if image.mode.startswith(("I", "F")):  # gray; Pillow's own conversion clips at 255
+                image = Image.fromarray(_eight_bits(np.array(image)))
             return image.convert("RGB")
         except ValueError as error:
-            path = self.image_path(image_id)
             raise DataError(f"{path}: its colours cannot be made RGB ({error}).") from error
 
     def image_label(self, image_id: str) -> np.ndarray:
@@ -277,3 +276,14 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
     if missing:
         count = f"{len(missing)} of {len(ids)} are missing"
         raise DataError(f"{missing[0]}: no such file ({count}); {hint}.")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Gray as uint8, scaled by the range that the values show: 0..1, or 8 to 14 or 16 bits."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high < 2**16 or 1 < high < 128:
+        raise ValueError(f"values from {low:g} to {high:g} are not of 8 to 16 bits, nor in 0..1")
+    if high <= 1:
+        return np.rint(values * 255).astype(np.uint8)
+    bits = int(high).bit_length()
+    return (values.astype(np.int64) >> (bits - 8 if bits <= 14 else 8)).astype(np.uint8)
