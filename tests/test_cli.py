@@ -60,6 +60,8 @@ def done(tmp_path_factory):
         write_image(folder / "VOC", image_id, image, "JPEG" if image.mode == "CMYK" else "PNG")
         names = [] if image_id == "empty" else ["cat", "kind 24"]
         write_annotation(folder / "VOC", image_id, names)
+    photographs = folder / "VOC" / "JPEGImages"
+    (photographs / "empty.jpg").rename(photographs / "empty.PNG")
     (folder / "classes.txt").write_text("\n".join(CLASSES))
     run_program(f"voc12.prepare {DATA} --out_dir lists", folder).check()
     lists = [(folder / "lists" / name).read_text() for name in ("train.txt", "val.txt")]

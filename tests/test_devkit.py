@@ -1,8 +1,11 @@
 """Ids, classes, image-level labels, photographs and masks of a devkit."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from helpers import noise_image, working_directory, write_annotation, write_image
+from helpers import noise_image, working_directory, write_annotation, write_image, write_mask
 from PIL import Image
 
 from tool.maps import save_npy_dict
@@ -29,7 +32,12 @@ def devkit(tmp_path):
         ("2007_000032\n2007_000039\n", ["2007_000032", "2007_000039"]),
         ("2007_000032", ["2007_000032"]),  # no newline at the end
         ("img.v2.01\n/JPEGImages/img.v2.02.jpg\n", ["img.v2.01", "img.v2.02"]),
-        ("a.jpg\nb.JPG\nc.png\n", ["a", "b", "c"]),
+        ("a.jpg\nb.JPG\nc.png\nd.tiff\ne.v2.WebP\n", ["a", "b", "c", "d", "e.v2"]),
+        ("/JPEGImages/my photo.TIF /X/my photo.png\n/x/a.bmp 1\n", ["my photo", "a"]),
+        ("\\JPEGImages\\a.v2.jpg \\X\\a.v2.png\nJPEGImages\\b\n", ["a.v2", "b"]),
+        ("C:\\my VOC\\my b.PNG 1\n", ["my b"]),
+        # As in VOC's Main lists: -1 absent, 1 there, 0 difficult
+        ("a -1\nb  1\nc\t0\n/x/my d.jpg -1\r\n-1\ne-1\n", ["b", "c", "-1", "e-1"]),
         ("# all of them\n\n  a  \n\t\nb # blurred\n#c\n", ["a", "b"]),
         ("a\r\n\r\n/JPEGImages/b.jpg /X/b.png\r\n", ["a", "b"]),
         ("\ufeffa\nb\n", ["a", "b"]),
@@ -168,3 +176,60 @@ def test_cmyk_photograph_shows_its_colours(devkit):
     image = np.asarray(devkit.load_image("a")).astype(int)
     assert image.shape == (16, 16, 3)
     assert abs(image - (200, 40, 90)).max() <= 6
+
+
+DEPTHS = [("u2", 1), ("u2", 4), ("u2", 64), ("f4", 1 / 255), ("f4", 16)]
+
+
+@pytest.mark.parametrize(("kind", "scale"), DEPTHS)
+def test_deep_gray_is_scaled_by_the_range_that_it_shows(kind, scale, devkit):
+    levels = np.array([[0, 1, 37], [100, 200, 255]])
+    write_image(devkit.root, "a", Image.fromarray((levels * scale).astype(kind)), "TIFF")
+    assert (np.asarray(devkit.load_image("a")) == levels[..., None]).all()
+
+
+@pytest.mark.parametrize("values", [(0, 5.5), (-1, 1), (0, 1e6), (np.nan, 1)])
+def test_gray_of_an_unknown_range_is_refused(values, devkit):
+    write_image(devkit.root, "a", Image.fromarray(np.array([values], np.float32)), "TIFF")
+    with pytest.raises(DataError, match=r"a\.jpg: .*\(values from .* 0\.\.1\)"):
+        devkit.load_image("a")
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a colour, from H x W x 3; Pillow writes none."""
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    file = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
+        file += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return file
+
+
+def test_colours_of_which_only_the_upper_bits_are_read_are_not_black(devkit, rng):
+    colours = rng.integers(0, 2**16, (4, 5, 3))
+    (devkit.root / "JPEGImages" / "a.png").write_bytes(deep_png(colours))
+    assert np.array_equal(devkit.load_image("a"), colours >> 8)
+    (devkit.root / "JPEGImages" / "b.jpg").write_bytes(deep_png(colours >> 4))
+    with pytest.raises(DataError, match=r"b\.jpg: .*8 bits"):
+        devkit.load_image("b")
+
+
+def test_photograph_is_found_by_its_id_with_any_ending(devkit):
+    folder = devkit.root / "JPEGImages"
+    for suffix in (".ppm", ".GIF", ".webp", ".TIFF", ".tif", ".PNG", ".jpeg", ".JPG", ".jpg"):
+        (folder / f"a.b{suffix}").touch()
+        assert devkit.image_path("a.b").name == f"a.b{suffix}"  # before those that were there
+        devkit.require_images(["a.b"])
+    assert devkit.image_path("c").name == "c.jpg"
+
+
+@pytest.mark.parametrize(("kind", "orientation"), [("JPEG", 6), ("PNG", 5), ("PNG", 1)])
+def test_label_of_another_size_than_a_turned_photograph(kind, orientation, devkit):
+    image = noise_image(6, 8)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(devkit.root / "JPEGImages" / "a.jpg", kind, exif=exif)
+    path = write_mask(devkit.root, "a", np.zeros((8, 6)))
+    way = "EXIF" if orientation > 4 else "make it again"
+    with pytest.raises(DataError, match=rf"a\.png is 8 x 6, .* is 6 x 8; .*{way}"):
+        devkit.load_label(path, (6, 8))

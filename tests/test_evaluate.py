@@ -9,7 +9,8 @@ from helpers import noise_image, run_program, write_image, write_mask
 from PIL import Image
 
 from tool.crf import dense_crf
-from tool.maps import save_maps
+from tool.labels import voc_palette
+from tool.maps import load_index_png, save_maps
 from tool.metrics import confusion_matrix, mean_iou
 from voc12.devkit import Devkit
 from voc12.evaluate import SWEEPS, Scorer, sweep, winning_score
@@ -87,6 +88,17 @@ def test_masks_of_another_folder_repeated_ids_gray_images_and_workers_change_not
     for image_id, label in PREDICTIONS.items():
         Image.fromarray(np.array(label, np.uint8)).save(world / "pred" / f"{image_id}.png")
     assert figures(world, "--pred pred --gt masks --num_workers 3") == expected
+
+
+def test_palettes_in_another_order_change_nothing(world):
+    expected = figures(world, "--pred pred")
+    order = np.random.default_rng(0).permutation(256)
+    palette = np.array(voc_palette(), np.uint8).reshape(256, 3)[order]
+    for path in [*world.glob("VOC/*/*.png"), *world.glob("pred/*.png")]:
+        image = Image.fromarray(np.argsort(order).astype(np.uint8)[load_index_png(path)])
+        image.putpalette(palette.tobytes())
+        image.save(path)
+    assert figures(world, "--pred pred") == expected
 
 
 def test_missing_predictions_are_counted_with_allow_missing(world):

@@ -94,6 +94,19 @@ def test_gray_labels_get_the_palette_and_keep_their_values(world):
         assert np.array_equal(np.asarray(image), label)
 
 
+def test_masks_get_vocs_indices_and_photographs_the_ending_jpg(world):
+    path = world / "VOC" / "SegmentationClass" / "d.png"
+    mask = load_index_png(path)
+    image = Image.fromarray(255 - mask)
+    image.putpalette(np.array(voc_palette(), np.uint8).reshape(256, 3)[::-1].tobytes())
+    image.save(path)
+    (world / "VOC" / "JPEGImages" / "d.jpg").rename(world / "VOC" / "JPEGImages" / "d.JPEG")
+    run_program(EXPORT, world).check()
+    with Image.open(world / TREE / "SegmentationClass" / "d.png") as image:
+        assert np.array_equal(image, mask)
+    assert (world / TREE / "JPEGImages" / "d.jpg").resolve().name == "d.JPEG"
+
+
 def test_copies_do_not_need_their_sources(world):
     expected = expected_pairs(world)
     run_program(f"{EXPORT} --copy", world).check()

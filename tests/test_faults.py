@@ -78,6 +78,12 @@ def flat(value: float, *size: int) -> np.ndarray:
     return np.full(size or SIZES["a"], value, np.float32)
 
 
+def white_masks(world: Path) -> None:
+    """All masks are an editor's: 255 is an object."""
+    for path in (world / "VOC/SegmentationClass").iterdir():
+        Image.fromarray(255 * np.eye(*SIZES[path.stem], dtype=np.uint8)).save(path)
+
+
 def index(value: int, *size: int) -> Image.Image:
     return Image.fromarray(flat(value, *size).astype(np.uint8))
 
@@ -253,6 +259,10 @@ FAULTS = [
           ("evaluate --gt", "--gt"),
           ("export --rw", "--out_rw"),
       )),
+    *(data(f"{flag}: a file", nothing, f"{flag} pred/b.png", "pred/b.png: is a file", "folder")
+      for flag in ("train_aff --la_crf_dir", "train_aff --ha_crf_dir", "infer_aff --cam_dir",
+                   "evaluate --pred", "evaluate --gt", "evaluate_cam --allow_missing --cam",
+                   "report --cam", "report --la", "sheet --rw", "export --rw")),
     # Masks and predictions
     *(data(f"{command}: {name}", holds(file, content), command, *words)
       for command, name, file, content, *words in (
@@ -260,11 +270,17 @@ FAULTS = [
           ("evaluate", "void prediction", "pred/a.png", index(255), "a: ", "255"),
           ("evaluate", "mask 99", MASK, index(99), "a: ", "mask", "99"),
           ("evaluate", "sizes differ", "pred/a.png", index(0, 8, 8), "a: ", "8 x 8", "40 x 50"),
+          *((command, "both are named", MASK, index(8, 50, 40), MASK, path, "50 x 40", "40 x 50")
+            for command, path in (("evaluate", "pred/a.png"), ("evaluate_cam", "cam/a.npy"),
+                                  ("evaluate_cam --sweep bg", "cam/a.npy"))),
           ("evaluate", "coloured", "pred/a.png", noise_image(40, 50), "pred/a.png", "RGB"),
           ("export", "label 21", "pred/a.png", index(21), "pred/a.png", "21", "--classes"),
           ("export", "sizes differ", "pred/a.png", index(0, 8, 8), "a.png", "8 x 8", "40 x 50"),
       )),
     data("garbage as mask", holds(MASK, GARBAGE), "report", MASK),
+    *(data(f"{command}: white masks", white_masks, command, "SegmentationClass: ", "255", "class")
+      for command in ("evaluate", "evaluate_cam --sweep bg", "report", "export",
+                      "evaluate --classes classes.txt")),
     # Weights
     data("code", holds("cls.pth", {"net": os.system}), "infer_cls", "cls.pth"),
     data("no state dict", holds("cls.pth", [torch.zeros(2)]), "infer_cls", "cls.pth", "state dict"),

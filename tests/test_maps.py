@@ -247,3 +247,31 @@ def test_image_of_colours_is_no_index_image(mode, tmp_path):
     Image.new(mode, (3, 2)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="mode"):
         load_index_png(tmp_path / "a.png")
+
+
+VOC = np.array(voc_palette(), np.uint8).reshape(256, 3)
+OTHER_ORDER = VOC[[255, 15, 0, 9]]  # void, person, background, chair
+
+
+@pytest.mark.parametrize(
+    ("palette", "indices", "labels", "said"),
+    [
+        (OTHER_ORDER, [0, 1, 2, 3, 1], [255, 15, 0, 9, 15], "colours"),
+        (VOC[::-1], [255, 240, 235], [0, 15, 20], "colours"),
+        (np.vstack([OTHER_ORDER, np.full((99, 3), 7)]), [2, 2], [0, 0], "colours"),
+        (np.vstack([VOC[:16], np.full((240, 3), 9)]), [0, 15], [0, 15], ""),  # differs where unused
+        (np.repeat(np.arange(256), 3), [0, 3, 128], [0, 3, 128], ""),  # gray levels
+        (OTHER_ORDER + np.uint8([[0], [0], [0], [1]]), [0, 1, 2, 3], [0, 1, 2, 3], "indices"),
+        (VOC[[0, 0, 15]], [0, 1, 2], [0, 1, 2], "indices"),  # two indices of one colour
+        (VOC[[0, 21, 1]], [0, 1, 2], [0, 1, 2], "indices"),  # 21 is no label
+    ],
+)
+def test_reordered_palette_is_read_by_colour(palette, indices, labels, said, tmp_path, capsys):
+    image = Image.fromarray(np.array([indices], np.uint8))
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    for name in ("a.png", "b.png"):
+        image.save(tmp_path / name)
+        assert load_index_png(tmp_path / name, 21).tolist() == [labels]
+    err = capsys.readouterr().err  # a line for the folder
+    assert f"{said} are the labels" in err or not said
+    assert err.count("\n") == err.count(str(tmp_path)) == bool(said)

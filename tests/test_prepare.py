@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import run_program, write_annotation, write_mask
+from helpers import contents, run_program, write_annotation, write_mask
 
 from tool.maps import load_index_png, load_npy_dict
 from voc12.devkit import Devkit, read_ids
@@ -87,6 +87,28 @@ def test_train_aug_from_sbd(below, world):
     run_program(f"{PREPARE} --sbd_root SBD", world).check()
     # SBD's images and VOC's train, without val.
     assert read_ids(world / "lists" / "train_aug.txt") == ["b1", "s9", "t1", "t2"]
+
+
+def test_lists_name_the_photograph_that_is_there(world):
+    for name in ("t1.JPG", "t2.tif", "t2.png", "x1.jpeg", "v1.webp"):
+        (world / "VOC" / "JPEGImages" / name).touch()
+    run_program(PREPARE, world).check()
+    lines = [(world / "lists" / f"{name}.txt").read_text().split() for name in ("train", "test")]
+    assert lines[0][::2] == ["/JPEGImages/t2.png", "/JPEGImages/t1.JPG"]
+    assert lines[0][1::2] == ["/SegmentationClassAug/t2.png", "/SegmentationClassAug/t1.png"]
+    assert lines[1] == ["/JPEGImages/x1.jpeg"]
+
+
+@pytest.mark.parametrize("flags", ["", "--sbd_root SBD"])
+def test_hidden_files_of_an_archive_are_no_masks(flags, world):
+    expected = run_program(PREPARE, world).check() and contents(world / "lists")
+    for folder in ("VOC/SegmentationClassAug", "SBD/__MACOSX/cls", "SBD/cls"):
+        (world / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("._b1.png", "._t1.mat", ".DS_Store", ".png"):
+            (world / folder / name).write_bytes(b"\0")
+    (world / "SBD" / "cls" / "b1.mat").touch()
+    run_program(f"{PREPARE} {flags}", world).check()
+    assert contents(world / "lists") == expected
 
 
 def test_real_photographs_masks_and_annotations_agree(voc_mini, tmp_path):

@@ -8,8 +8,11 @@ one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle (see
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
 
+import functools
 import io
 import os
+import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from tool.files import atomic_write
-from tool.labels import voc_palette
+from tool.labels import VOID, voc_palette
 from tool.run.errors import DataError, reason
 from tool.safe_pickle import read_pickle
 
@@ -27,6 +30,7 @@ MAP_FORMATS = {"npy": ".npy", "npz": ".npz"}
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 # How far scores may be from 0..1, and CRF scores from summing to one.
 PROBABILITY_TOLERANCE = 1e-3
+VOC_PALETTE = bytes(voc_palette())
 
 
 def save_npy_dict(path: str | os.PathLike, content: Mapping) -> None:
@@ -146,8 +150,8 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
     return low, high
 
 
-def load_cams(path: str | os.PathLike, size: tuple[int, int], num_classes: int) -> dict:
-    """Class activation maps {class: float32 H x W} of an image of the given (H, W).
+def load_cams(path: str | os.PathLike, size: tuple[int, int] | None, num_classes: int) -> dict:
+    """Class activation maps {class: float32 H x W} of an image of the given (H, W), if it is given.
 
     Raises DataError as ``load_maps`` does, for CRF scores, and for a class that does not exist.
     """
@@ -181,12 +185,37 @@ def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:
         image.save(file, format="PNG")
 
 
-def load_index_png(path: str | os.PathLike) -> np.ndarray:
-    """The class indices, uint8 H x W, of a palette or 8-bit gray image; else DataError."""
+def load_index_png(path: str | os.PathLike, num_labels: int = VOID) -> np.ndarray:
+    """The class indices, uint8 H x W, of a palette or 8-bit gray image; else DataError.
+
+    Editors reorder palettes. Where all colours of an image are VOC's of labels below ``num_labels``
+    or void, but at other indices, the colours count.
+    """
     image = open_image(path)
     if image.mode not in ("P", "L"):
         raise DataError(f"{path}: has mode {image.mode}; an index image is palette or 8-bit gray.")
-    return np.array(image)
+    label = np.array(image)
+    palette = bytes(image.getpalette() or ())
+    if VOC_PALETTE.startswith(palette):  # a gray image has none
+        return label
+    used = np.flatnonzero(np.bincount(label.ravel())).tolist()
+    colours = [palette[3 * k : 3 * k + 3] for k in used]
+    label_of = {VOC_PALETTE[3 * k : 3 * k + 3]: k for k in (*range(num_labels), VOID)}
+    labels = [label_of.get(colour) for colour in colours]
+    if labels == used or colours == [bytes([k] * 3) for k in used]:  # VOC's, or gray levels
+        return label
+    if None in labels or len(set(labels)) < len(labels):
+        _warn_of_palette(Path(path).parent, "other colours than VOC's: indices are the labels")
+        return label
+    _warn_of_palette(Path(path).parent, "VOC's colours at other indices: colours are the labels")
+    table = np.zeros(VOID + 1, np.uint8)
+    table[used] = labels
+    return table[label]
+
+
+@functools.cache  # so that a process says it once
+def _warn_of_palette(folder: Path, text: str) -> None:
+    print(f"WARNING: {folder} has index images with {text}.", file=sys.stderr)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -199,7 +228,11 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             # Above the limit, Pillow only warns; at twice the limit, it refuses.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
+                # Of 16 bits a colour, Pillow keeps the upper 8. After loading, no tile names them.
+                is_deep = re.search("(RGB|A|X);16", str(image.tile))
                 image.load()
+                if is_deep and max(high for _, high in image.convert("RGB").getextrema()) < 64:
+                    raise ValueError("of 16 bits a colour, it uses 14 or less; save it with 8 bits")
                 return image.copy()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error

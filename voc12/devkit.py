@@ -6,6 +6,7 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 """
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from xml.etree.ElementTree import ParseError
 import defusedxml.ElementTree
 import numpy as np
 from defusedxml.common import DefusedXmlException
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tool.labels import VOID
 from tool.maps import load_index_png, load_npy_dict, maps_file, open_image
@@ -30,8 +31,13 @@ BACKGROUND = "background"
 LABEL_FILE = "voc12/cls_labels.npy"
 # A file's name has 255 bytes at most; this leaves room for an ending and a temporary name's.
 MAX_ID_BYTES = 220
+# Endings of photographs, in lower or upper case; of several files of an id, the first counts.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+IMAGE_ENDING = rf"\.(?:{'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})"
 # Names that leave a folder, or whose lines in a list would be cut at a comment or an image's name.
-NO_ID = re.compile(r"^\.{0,2}$|[/\\]| #|\.(jpe?g|png) ", re.IGNORECASE)
+NO_ID = re.compile(rf"^\.{{0,2}}$|[/\\]| #|{IMAGE_ENDING} ", re.IGNORECASE)
+# The backslashes of a path; those of a mere name are not replaced but refused.
+SEPARATOR = re.compile(rf"(?<=JPEGImages)\\|\\(?=.*{IMAGE_ENDING})", re.IGNORECASE)
 # A devkit's folders, which no output may go to.
 INPUT_FOLDERS = (
     *("JPEGImages", "Annotations", "ImageSets"),
@@ -70,14 +76,16 @@ def read_ids(path: str | os.PathLike) -> list[str]:
     if not Path(path).is_file():
         raise DataError(f"{path}: not a list file; python3 -m voc12.prepare makes the lists.")
     ids = []
-    for line in read_lines(path):
+    # VOC's Main lists, each of a class, mark by -1 the images without it.
+    lines = (line for line in read_lines(path) if line.split()[1:][-1:] != ["-1"])
+    for line in (SEPARATOR.sub("/", line) for line in lines):
         name = line.split()[0]
         if "/" in name:
             # A path may hold spaces: it ends before the next path, or where an image's name does.
             first_path = re.split(r"\s+/", line)[0]
-            image = re.match(r".*?\.(?:jpe?g|png)(?=\s|$)", first_path, re.IGNORECASE)
+            image = re.match(rf".*?{IMAGE_ENDING}(?=\s|$)", first_path, re.IGNORECASE)
             name = Path(image[0] if image else name).stem
-        elif name.lower().endswith((".jpg", ".jpeg", ".png")):  # a bare id may hold other dots
+        elif name.lower().endswith(IMAGE_SUFFIXES):  # a bare id may hold other dots
             name = Path(name).stem
         ids.append(name)
     if not ids:
@@ -140,7 +148,11 @@ class Devkit:
                 raise DataError(f"{label_file}: its keys are not image ids; see voc12.prepare.")
 
     def image_path(self, image_id: str) -> Path:
-        return self.root / "JPEGImages" / f"{image_id}.jpg"
+        """The photograph, by the first of IMAGE_SUFFIXES that is there; without one, <id>.jpg."""
+        folder = self.root / "JPEGImages"
+        cases = (case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
+        paths = (folder / (image_id + suffix) for suffix in cases)
+        return next(filter(Path.exists, paths), folder / f"{image_id}.jpg")
 
     def annotation_path(self, image_id: str) -> Path:
         return self.root / "Annotations" / f"{image_id}.xml"
@@ -151,7 +163,8 @@ class Devkit:
     def require_images(self, ids: Sequence[str]) -> None:
         """Raise DataError if a photograph is missing."""
         hint = "--voc12_root and the list do not belong together"
-        require_files(self.root / "JPEGImages", ids, ".jpg", hint)
+        names = [self.image_path(image_id).name for image_id in ids]
+        require_files(self.root / "JPEGImages", names, "", hint)
 
     def require_labelled_images(self, ids: Sequence[str]) -> str:
         """Raise DataError if a photograph or label is missing; return where labels are from."""
@@ -173,14 +186,13 @@ class Devkit:
 
     def load_image(self, image_id: str) -> Image.Image:
         """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
-        image = open_image(self.image_path(image_id))
-        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-            high_byte = np.array(image).astype(np.int64) >> 8
-            image = Image.fromarray(np.clip(high_byte, 0, 255).astype(np.uint8))
+        path = self.image_path(image_id)
+        image = open_image(path)
         try:
+            if image.mode.startswith(("I", "F")):  # gray; Pillow's own conversion clips at 255
+                image = Image.fromarray(_eight_bits(np.array(image)))
             return image.convert("RGB")
         except ValueError as error:
-            path = self.image_path(image_id)
             raise DataError(f"{path}: its colours cannot be made RGB ({error}).") from error
 
     def image_label(self, image_id: str) -> np.ndarray:
@@ -220,15 +232,36 @@ class Devkit:
 
         Raises DataError as ``load_index_png`` does, and for another size or an unknown label.
         """
-        label = load_index_png(path)
-        if label.shape != size:
-            own, wanted = (f"{height} x {width}" for height, width in (label.shape, size))
-            raise DataError(f"{path}: is {own}, but its photograph is {wanted}; make it again.")
+        label = load_index_png(path, len(self.label_names))
+        self.require_size(Path(path), label.shape, "its photograph", size)
         unknown = label[(label >= len(self.label_names)) & (label != VOID)]
         if unknown.size:
             classes = f"but there are {len(self.class_names)} classes; see --classes"
             raise DataError(f"{path}: has the label {unknown[0]}, {classes}.")
         return label
+
+    def require_size(self, path: Path, size: tuple, other: str, other_size: tuple) -> None:
+        """Raise DataError if the (H, W) of a file <id>.* and of another of the image differ."""
+        if size == other_size:
+            return
+        way = "make it again"
+        with contextlib.suppress(Exception):  # damaged EXIF can raise nearly anything
+            exif = open_image(self.image_path(path.stem)).getexif()
+            if exif.get(ExifTags.Base.Orientation, 1) > 4:  # swaps height and width
+                way = "EXIF turns the photograph, which is not applied here: save it as it is shown"
+        own, wanted = (f"{height} x {width}" for height, width in (size, other_size))
+        raise DataError(f"{path.stem}: {path} is {own}, but {other} is {wanted}; {way}.")
+
+    def require_classes(self, mask_paths: Iterable[Path]) -> None:
+        """Raise DataError if masks hold background and void only: 255 is an editor's object."""
+        seen = set()
+        for path in mask_paths:
+            seen |= set(np.unique(load_index_png(path, len(self.label_names))).tolist())
+            if seen - {0, VOID}:
+                return
+        if seen == {0, VOID}:
+            problem = "the masks of the list hold 0 and 255 (void), but no class"
+            raise DataError(f"{path.parent}: {problem}; write the k-th class as k.")
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:
@@ -236,8 +269,21 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
 
     Maps may be there in either form.
     """
+    if Path(folder).is_file():
+        raise DataError(f"{folder}: is a file; name the folder of <id>{suffix}: {hint}.")
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         count = f"{len(missing)} of {len(ids)} are missing"
         raise DataError(f"{missing[0]}: no such file ({count}); {hint}.")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Gray as uint8, scaled by the range that the values show: 0..1, or 8 to 14 or 16 bits."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high < 2**16 or 1 < high < 128:
+        raise ValueError(f"values from {low:g} to {high:g} are not of 8 to 16 bits, nor in 0..1")
+    if high <= 1:
+        return np.rint(values * 255).astype(np.uint8)
+    bits = int(high).bit_length()
+    return (values.astype(np.int64) >> (bits - 8 if bits <= 14 else 8)).astype(np.uint8)

@@ -100,11 +100,19 @@ class Scorer:
     masks: Path  # folder of <id>.png
     scored: Path  # folder of <id>.png or <id>.npy
 
+    def _load_mask(self, image_id: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+        """An image's mask, uint8 H x W; DataError if the (H, W) of what is at ``path`` differs."""
+        mask_path = self.masks / f"{image_id}.png"
+        mask = load_index_png(mask_path, len(self.devkit.label_names))
+        self.devkit.require_size(path, size or mask.shape, f"its mask {mask_path}", mask.shape)
+        return mask
+
     def _load(self, image_id: str, kind: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """An image's mask, uint8 H x W, its class maps, float32 K x H x W, and their classes."""
-        mask = load_index_png(self.masks / f"{image_id}.png")
-        path = self.scored / f"{image_id}.npy"
-        maps = load_cams(path, mask.shape, len(self.devkit.class_names))
+        path = maps_file(self.scored / f"{image_id}.npy")
+        maps = load_cams(path, None, len(self.devkit.class_names))
+        size = next((values.shape for values in maps.values()), None)
+        mask = self._load_mask(image_id, path, size)
         stacked = stack_maps(maps, mask.shape)
         if kind == "alpha" and stacked.max(initial=0) > 1:
             raise DataError(f"{path}: has scores above 1, which --alpha cannot use; use --bg.")
@@ -112,8 +120,9 @@ class Scorer:
 
     def count_labels(self, image_id: str) -> np.ndarray:
         """The confusion matrix of an index image."""
-        prediction = load_index_png(self.scored / f"{image_id}.png")
-        mask = load_index_png(self.masks / f"{image_id}.png")
+        path = self.scored / f"{image_id}.png"
+        prediction = load_index_png(path, len(self.devkit.label_names))
+        mask = self._load_mask(image_id, path, prediction.shape)
         return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
 
     def count_maps(
@@ -124,8 +133,7 @@ class Scorer:
         scores = BACKGROUNDS[kind](maps, value)
         if crf_backend:
             photograph = np.array(self.devkit.load_image(image_id))
-            if photograph.shape[:2] != mask.shape:
-                raise ValueError("photograph and mask differ in size")
+            self._load_mask(image_id, self.devkit.image_path(image_id), photograph.shape[:2])
             (scores,) = dense_crf(photograph, [scores], backend=crf_backend)
         prediction = index_image(scores.argmax(axis=0), classes)
         return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
@@ -318,6 +326,7 @@ def main(args: argparse.Namespace) -> None:
     present = present_ids(args, ids)
     masks = Path(args.gt) if args.gt else devkit.root / "SegmentationClass"
     require_files(masks, present, ".png", "--voc12_root or --gt, and the list must belong together")
+    devkit.require_classes(masks / f"{image_id}.png" for image_id in present)
     counts = count_images(args, Scorer(devkit, masks, Path(args.pred or args.cam)), present)
 
     scored = counts, len(present), devkit.label_names

@@ -4,7 +4,7 @@
 
 RW is what infer_aff.py wrote to --out_rw for that list. Writes below OUT, which must not hold a
 VOCdevkit,
-    VOCdevkit/VOC2012/JPEGImages                    links to the photographs
+    VOCdevkit/VOC2012/JPEGImages                    links to the photographs, as <id>.jpg
     VOCdevkit/VOC2012/SegmentationClass             the pseudo labels of --list with VOC's palette;
                                                     links to the official masks of --val_list
     VOCdevkit/VOC2012/SegmentationClassAug          a link to SegmentationClass
@@ -55,12 +55,14 @@ def write_tree(
         photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
         label = devkit.load_label(path, (height, width))
-        transfer(photograph.resolve(), root / "JPEGImages" / photograph.name)
+        transfer(photograph.resolve(), root / "JPEGImages" / f"{image_id}.jpg")
         target = root / "SegmentationClass" / f"{image_id}.png"
-        if image_id in labels:
+        if image_id in labels or open_image(path).tobytes() != label.tobytes():  # reordered indices
             save_index_png(target, label)
         else:
             transfer(path.resolve(), target)
+    for paths in (labels, masks):
+        devkit.require_classes(paths.values())
     if copy:
         shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
     else:

@@ -31,22 +31,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def list_line(image_id: str, with_mask: bool) -> str:
+def list_line(image_id: str, with_mask: bool, suffix: str = ".jpg") -> str:
     """An image's line in a list: its path and, if asked, its mask's, below the devkit."""
-    line = f"/JPEGImages/{image_id}.jpg"
+    line = f"/JPEGImages/{image_id}{suffix}"
     return f"{line} /SegmentationClassAug/{image_id}.png" if with_mask else line
 
 
 def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | None) -> list[str]:
     """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
+    # Names that begin with a dot are macOS's companions of files.
     if sbd_root:
-        folder = next(Path(sbd_root).rglob("cls"), None)
-        if folder is None:
+        folder, more = Path(sbd_root), splits.get("train", [])
+        masked = {path.stem for path in folder.rglob("cls/[!.]*.mat")}
+        if not masked:
             raise DataError(f"{sbd_root}: has no folder cls with SBD's masks; see --sbd_root.")
-        suffix, more = ".mat", splits.get("train", [])
     else:
-        folder, suffix, more = devkit.root / "SegmentationClassAug", ".png", []
-    masked = {path.stem for path in folder.glob(f"*{suffix}")}
+        folder, more = devkit.root / "SegmentationClassAug", []
+        masked = {path.stem for path in folder.glob("[!.]*.png")}
     require_ids(folder, sorted(masked))
     return sorted(masked.union(more).difference(splits.get("val", [])))
 
@@ -72,7 +73,8 @@ def main(args: argparse.Namespace) -> None:
         path = out_dir / f"{split}.txt"
         with atomic_write(path) as file:
             for image_id in members:
-                file.write(f"{list_line(image_id, with_mask=split != 'test')}\n".encode())
+                suffix = devkit.image_path(image_id).suffix
+                file.write(f"{list_line(image_id, split != 'test', suffix)}\n".encode())
         print(f"{path}: {len(members)} images")
     save_npy_dict(out_dir / "cls_labels.npy", labels)
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")

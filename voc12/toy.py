@@ -80,7 +80,7 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     marker = out / "toy.json"  # written into a new folder before anything else
     content = (json.dumps({"images": images, "size": size, "seed": seed}) + "\n").encode()
     if not (marker.is_file() and marker.read_bytes() == content):
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if out.is_file() or (out.is_dir() and any(out.glob("[!.]*"))):
             raise DataError(f"{out}: is not a toy devkit of these arguments; name a new folder.")
         _write(marker, content)
 

@@ -32,6 +32,7 @@ def page(
     masked = [image_id for image_id in ids if outputs.devkit.mask_path(image_id).is_file()]
     losses = {path: read_log(path) for path in log_paths}
     results, iou = score(outputs, masked)
+    outputs.devkit.require_classes(map(outputs.devkit.mask_path, masked))
     columns = {f"IoU, {name}": result["per_class"] for name, result in results.items()}
     columns |= {key: last(results)[key] for key in ("precision", "recall") if results}
     with matplotlib.style.context(PLOT_STYLE):
