@@ -39,7 +39,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, re
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
-    cli.add_training_arguments(parser, batch_size=8, epochs=8, crop_size=448)
+    cli.add_training_arguments(parser, batch_size=8, crop_size=448, epochs=8)
     add_devkit_arguments(parser, labels=False)
     parser.add_argument("--la_crf_dir", required=True, help="CRF scores with the low alpha")
     parser.add_argument("--ha_crf_dir", required=True, help="CRF scores with the high alpha")
@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     contents = digests(args, devkit, train_ids)
     training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
     with open_batches(training, train_set, args.num_workers) as batches:
-        while training.epoch < args.max_epoches:
+        while training.epoch < training.epochs:
             losses = train_one_epoch(training, batches, losses_of)
             summary = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             end_epoch(training, summary)

@@ -44,7 +44,7 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
-    cli.add_training_arguments(parser, batch_size=16, epochs=15, crop_size=448)
+    cli.add_training_arguments(parser, batch_size=16, crop_size=448, epochs=15)
     add_devkit_arguments(parser)
     add = parser.add_argument
     add("--val_list", default="voc12/val.txt", help="images to validate on")
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     contents = digests(devkit, train_ids, val_ids)
     training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
     with open_batches(training, train_set, args.num_workers) as batches:
-        while training.epoch < args.max_epoches:
+        while training.epoch < training.epochs:
             losses = train_one_epoch(training, batches, losses_of)
             val_loss = validate(net, val_set, args, device, training.stop)
             leave_if_stopped(training)

@@ -1,1 +1,1 @@
-"""Backbones and the two heads: every ``*_cls`` and ``*_aff`` module offers a class ``Net``."""
+"""Backbones and heads: every ``*_cls``, ``*_aff`` and ``*_seg`` module offers a class ``Net``."""

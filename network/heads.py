@@ -1,4 +1,4 @@
-"""The two heads: a classifier with class activation maps, and AffinityNet.
+"""The heads: a classifier with class activation maps, AffinityNet, and two segmenters.
 
 A network inherits from a head and a backbone, ``class Net(ClassifierHead, vgg16d.Backbone)``:
 published weights have the layers of both at one level (``fc8.weight``, ``conv1_1.weight``).
@@ -21,7 +21,7 @@ from tool.affinity import pair_affinity
 
 
 class _Head(nn.Module):
-    """The frozen layers and the parameter groups of both heads."""
+    """The frozen layers and the parameter groups of all heads."""
 
     # Modules that pretrained weights lack, and those of them with ten times the learning rate.
     new_layers: tuple[str, ...] = ()
@@ -30,12 +30,12 @@ class _Head(nn.Module):
     def _freeze(self) -> None:
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and name not in self.new_layers:
                 module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "_Head":
-        """Set the mode, but keep batch norm in evaluation mode and frozen layers frozen."""
+        """Set the mode, but keep frozen layers and the backbone's batch norm as they are."""
         super().train(mode)
         self._freeze()
         return self
@@ -128,3 +128,49 @@ class GroupNormAffinityHead(AffinityHead):
 
     def normalize_level(self, level: str, x: Tensor) -> Tensor:
         return self.get_submodule(f"gn8_{level}")(x)
+
+
+class SegmenterHead(_Head):
+    """Scores each cell: dropout and a 1x1 convolution (DeepLab-LargeFOV, Chen et al. 2015)."""
+
+    new_layers = fast_layers = ("fc8",)
+    loss_on_grid = True  # the labels are resized to the logits, not the logits to the labels
+
+    def __init__(self, num_classes: int = 20):
+        super().__init__()
+        self.fc8 = nn.Conv2d(self.level_channels[-1], num_classes + 1, 1)
+        nn.init.normal_(self.fc8.weight, std=0.01)
+        nn.init.zeros_(self.fc8.bias)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> logits B x (classes + 1) x h x w, background first."""
+        return self.fc8(F.dropout2d(self.forward_levels(x)[-1], 0.5, self.training))
+
+
+class WideSegmenterHead(_Head):
+    """A dilated 3x3 convolution and two 1x1, on a backbone with batch norm (SEAM's segmenter)."""
+
+    new_layers = ("fov", "fov_norm", "mix", "mix_norm", "fc8")
+    fast_layers = ("fov", "mix", "fc8")
+    loss_on_grid = False
+    channels, norm_momentum = 512, 3e-4
+
+    def __init__(self, num_classes: int = 20):
+        super().__init__()
+        width = self.channels
+        self.fov = nn.Conv2d(self.level_channels[-1], width, 3, padding=12, dilation=12, bias=False)
+        self.fov_norm = nn.BatchNorm2d(width, momentum=self.norm_momentum)
+        self.mix = nn.Conv2d(width, width, 1, bias=False)
+        self.mix_norm = nn.BatchNorm2d(width, momentum=self.norm_momentum)
+        self.fc8 = nn.Conv2d(width, num_classes + 1, 1)
+        for layer in (self.fov, self.mix, self.fc8):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc8.bias)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images B x 3 x H x W -> logits B x (classes + 1) x h x w, background first."""
+        x = F.relu(self.fov_norm(self.fov(self.forward_levels(x)[-1])))
+        x = F.relu(self.mix_norm(self.mix(x)))
+        return self.fc8(F.dropout(x, 0.5, self.training))

@@ -10,7 +10,7 @@ MEAN_BGR = (104.008, 116.669, 122.675)
 
 # (convolutions, channels, dilation) of the stages conv1_* to conv5_*.
 STAGES = ((2, 64, 1), (2, 128, 1), (3, 256, 1), (3, 512, 1), (3, 512, 2))
-# Stride of the pooling after each of the first four stages; there is no pooling after conv5_3.
+# Stride of the pooling after each of the first four stages.
 POOL_STRIDES = (2, 2, 2, 1)
 
 # fc6 and fc7 start as the identity, for weights that lack them. ImageNet's conv5_3 has a standard
@@ -64,11 +64,15 @@ class Backbone(nn.Module):
             x = F.relu(self.get_submodule(f"conv{stage}_{index}")(x))
         return x
 
+    def pool5(self, x: Tensor) -> Tensor:
+        """Pooling between conv5_3 and fc6, which a network may override; none by default."""
+        return x
+
     def forward_levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """B x 3 x H x W -> the outputs of conv4_3 (512), conv5_3 (512) and fc7 (1024), stride 8."""
         for stage, stride in enumerate(POOL_STRIDES, start=1):
             conv4 = self._forward_stage(stage, x)  # after the loop, the fourth stage's output
             x = F.max_pool2d(conv4, kernel_size=3, stride=stride, padding=1)
         conv5 = self._forward_stage(5, x)
-        x = F.dropout2d(F.relu(self.fc6(conv5)), 0.5, self.training)
+        x = F.dropout2d(F.relu(self.fc6(self.pool5(conv5))), 0.5, self.training)
         return conv4, conv5, F.relu(self.fc7(x))

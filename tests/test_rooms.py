@@ -17,7 +17,7 @@ MODULES = {
 }
 PROGRAMS = [name for name in MODULES if name.startswith(("train_", "infer_"))]
 METHOD = ("transforms", "cam", "crf", "lattice", "affinity", "random_walk", "metrics", "labels")
-METHOD = [f"tool.{name}" for name in METHOD]
+METHOD = [f"tool.{name}" for name in (*METHOD, "segmentation")]
 # The modules that each room may import besides its own. A module is in the first room that fits.
 ROOMS = {
     **dict.fromkeys(METHOD, METHOD),

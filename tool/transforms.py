@@ -55,6 +55,17 @@ def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
+def shift_hsv(image: Image.Image, limit: int, rng: np.random.Generator) -> Image.Image:
+    """The RGB image with hue, saturation and value shifted by uniform integers up to ``limit``.
+
+    Of 0..255 each; hue is cyclic.
+    """
+    shifted = np.asarray(image.convert("HSV")) + rng.integers(-limit, limit + 1, 3)
+    hue, rest = shifted[..., :1] % 256, shifted[..., 1:].clip(0, 255)
+    values = np.concatenate([hue, rest], axis=-1).astype(np.uint8)
+    return Image.fromarray(values, "HSV").convert("RGB")
+
+
 def flip(array: np.ndarray) -> np.ndarray:
     """H x W (x C) mirrored left to right, contiguous."""
     return np.ascontiguousarray(array[:, ::-1])
@@ -85,10 +96,10 @@ def _overlap(length: int, crop_size: int, position: int) -> tuple[slice, slice]:
     return slice(start, start + size), slice(canvas_start, canvas_start + size)
 
 
-def crop_to_canvas(array: np.ndarray, box: Box, crop_size: int) -> np.ndarray:
-    """The box of H x W (x C) on a canvas of zeros, crop_size x crop_size (x C), of its dtype."""
+def crop_to_canvas(array: np.ndarray, box: Box, crop_size: int, fill: int = 0) -> np.ndarray:
+    """The box of H x W (x C) on a canvas of ``fill``, crop_size x crop_size (x C), of its dtype."""
     source, target = box
-    canvas = np.zeros((crop_size, crop_size, *array.shape[2:]), array.dtype)
+    canvas = np.full((crop_size, crop_size, *array.shape[2:]), fill, array.dtype)
     canvas[target] = array[source]
     return canvas
 

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from tool import transforms
 from tool.affinity import affinity_label
+from tool.labels import VOID
 from tool.maps import load_cams, load_crf_scores, maps_file, require_scores, stack_maps
-from voc12.devkit import Devkit
+from voc12.devkit import Devkit, load_photograph
 
 
 @dataclass
@@ -72,6 +73,12 @@ class ClassifierValidationSet(_ImageSet):
         return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
 
 
+def at_scales(image: Image.Image, scales: Sequence[float], normalize: Callable) -> list[Tensor]:
+    """The image at each scale, normalized: float32 3 x h x w."""
+    arrays = (normalize(np.asarray(transforms.rescale(image, scale))) for scale in scales)
+    return [torch.from_numpy(transforms.to_chw(array)) for array in arrays]
+
+
 class MultiScaleSample(NamedTuple):
     """One image for multi-scale inference."""
 
@@ -90,10 +97,7 @@ class MultiScaleSet(_ImageSet):
     def __getitem__(self, index: int) -> MultiScaleSample:
         image_id = self.ids[index]
         image = self.devkit.load_image(image_id)
-        scaled = []
-        for scale in self.scales:
-            array = self.normalize(np.asarray(transforms.rescale(image, scale)))
-            scaled.append(torch.from_numpy(transforms.to_chw(array)))
+        scaled = at_scales(image, self.scales, self.normalize)
         label = self.devkit.image_label(image_id)
         return MultiScaleSample(image_id, np.array(image), label, scaled)
 
@@ -131,6 +135,64 @@ class AffinityTrainingSet(_ImageSet):
         low, high = torch.from_numpy(transforms.to_chw(scores)).chunk(2)
         label = affinity_label(low, high, self.stride)
         return torch.from_numpy(transforms.to_chw(array)), label
+
+
+@dataclass
+class SegmenterTrainingSet(_ImageSet):
+    """Augmented square crops with labels: (float32 3 x crop x crop, uint8 crop x crop, 255 void).
+
+    ``label_dir`` holds the labels, index images.
+    """
+
+    label_dir: str | os.PathLike
+    crop_size: int
+    scales: tuple[float, float]  # smallest and largest factor of the image's size
+    hsv_shift: int
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        image_id = self.ids[index]
+        rng = transforms.sample_rng(self.seed, epoch, image_id)
+        image = self.devkit.load_image(image_id)
+        path = Path(self.label_dir, f"{image_id}.png")
+        label = Image.fromarray(self.devkit.load_label(path, (image.height, image.width)))
+        image = transforms.rescale(image, rng.uniform(*self.scales))
+        label = np.asarray(label.resize(image.size, resample=Image.Resampling.NEAREST))
+        array = self.normalize(np.asarray(transforms.shift_hsv(image, self.hsv_shift, rng)))
+        # Cropped after normalization: what lies beyond the image is the mean colour, and void.
+        box = transforms.crop_box(*label.shape, self.crop_size, rng)
+        array = transforms.crop_to_canvas(array, box, self.crop_size)
+        label = transforms.crop_to_canvas(label, box, self.crop_size, fill=VOID)
+        if rng.random() < 0.5:
+            array, label = transforms.flip(array), transforms.flip(label)
+        return torch.from_numpy(transforms.to_chw(array)), torch.from_numpy(label)
+
+
+class PhotographSample(NamedTuple):
+    """One photograph at several scales."""
+
+    image_id: str
+    photograph: np.ndarray  # uint8 H x W x 3 RGB
+    scaled: list[Tensor]  # a scale each: float32 3 x h x w, normalized
+
+
+@dataclass
+class PhotographSet(Dataset):
+    """Photographs of any place, by id, at several scales: ``PhotographSample``."""
+
+    photographs: Sequence[tuple[str, Path]]  # id and file
+    normalize: Callable[[np.ndarray], np.ndarray]
+    scales: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, index: int) -> PhotographSample:
+        image_id, path = self.photographs[index]
+        image = load_photograph(path)
+        scaled = at_scales(image, self.scales, self.normalize)
+        return PhotographSample(image_id, np.array(image), scaled)
 
 
 class AffinitySample(NamedTuple):

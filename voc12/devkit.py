@@ -104,10 +104,13 @@ def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
             raise DataError(f"{source}: {name[:80]!r} cannot be an image id; rename it.")
 
 
-def add_devkit_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+def add_devkit_arguments(
+    parser: argparse.ArgumentParser, labels: bool = True, required: bool = True
+) -> None:
     """The flags that name a data set; with ``labels``, those of its image-level labels, too."""
     add = parser.add_argument
-    add("--voc12_root", required=True, help="the devkit's folder VOC2012, or one laid out like it")
+    text = "the devkit's folder VOC2012, or one laid out like it"
+    add("--voc12_root", required=required, help=text)
     add("--classes", metavar="FILE", help="class names, one a line, by label (default: VOC's)")
     if labels:
         labels_help = "image-level labels of voc12.prepare; other ids' are read from annotations"
@@ -116,8 +119,12 @@ def add_devkit_arguments(parser: argparse.ArgumentParser, labels: bool = True) -
 
 def open_devkit(args: argparse.Namespace) -> "Devkit":
     """The devkit that a program's flags name."""
-    class_names = VOC_CLASSES if args.classes is None else read_class_names(args.classes)
-    return Devkit(args.voc12_root, class_names, getattr(args, "label_file", None))
+    return Devkit(args.voc12_root, class_names_of(args), getattr(args, "label_file", None))
+
+
+def class_names_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The classes that a program's flags name, without background."""
+    return VOC_CLASSES if args.classes is None else read_class_names(args.classes)
 
 
 class Devkit:
@@ -185,15 +192,8 @@ class Devkit:
             raise UsageError(f"{flag} {folder}: is among the devkit's inputs; name another.")
 
     def load_image(self, image_id: str) -> Image.Image:
-        """The photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
-        path = self.image_path(image_id)
-        image = open_image(path)
-        try:
-            if image.mode.startswith(("I", "F")):  # gray; Pillow's own conversion clips at 255
-                image = Image.fromarray(_eight_bits(np.array(image)))
-            return image.convert("RGB")
-        except ValueError as error:
-            raise DataError(f"{path}: its colours cannot be made RGB ({error}).") from error
+        """The photograph as RGB; raises DataError as ``load_photograph`` does."""
+        return load_photograph(self.image_path(image_id))
 
     def image_label(self, image_id: str) -> np.ndarray:
         """float32 [classes], 1 where the class is in the image; raises DataError without one."""
@@ -262,6 +262,39 @@ class Devkit:
         if seen == {0, VOID}:
             problem = "the masks of the list hold 0 and 255 (void), but no class"
             raise DataError(f"{path.parent}: {problem}; write the k-th class as k.")
+
+
+def load_photograph(path: Path) -> Image.Image:
+    """A photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
+    image = open_image(path)
+    try:
+        if image.mode.startswith(("I", "F")):  # gray; Pillow's own conversion clips at 255
+            image = Image.fromarray(_eight_bits(np.array(image)))
+        return image.convert("RGB")
+    except ValueError as error:
+        raise DataError(f"{path}: its colours cannot be made RGB ({error}).") from error
+
+
+def find_photographs(paths: Iterable[str]) -> dict[str, Path]:
+    """Photographs by id, the name without its ending: files, and all photographs in folders.
+
+    Raises DataError for what is missing, a folder without any, or two of the same id.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            visible = sorted(path.glob("[!.]*"))
+            files = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            raise DataError(f"{path}: has no photographs ({', '.join(IMAGE_SUFFIXES)}).")
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{file}: no such file or folder.")
+            if found.setdefault(file.stem, file) != file:
+                raise DataError(f"{file}: has the name of {found[file.stem]}; rename one.")
+    require_ids("--images", found)
+    return found
 
 
 def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hint: str) -> None:

@@ -131,15 +131,16 @@ side_length = number(int, 1, 65535)  # pixels, at most as many as a JPEG's side 
 random_seed = number(int, 0, 2**32 - 1)
 
 
-# The method by which a network's kind is known, and what the kind is called.
+# The attribute by which a network's kind is known, and what the kind is called.
 NETWORK_KINDS = {
     "forward_cam": "a classifier (..._cls)",
     "forward_features": "an AffinityNet (..._aff)",
+    "loss_on_grid": "a segmenter (..._seg)",
 }
 
 
-def network(*methods: str) -> Callable[[str], ModuleType]:
-    """argparse type: a module like ``network.vgg16_cls``, whose ``Net`` has one of the methods."""
+def network(*attributes: str) -> Callable[[str], ModuleType]:
+    """argparse type: a module like ``network.vgg16_cls``, whose ``Net`` has one of these."""
 
     def parse(name: str) -> ModuleType:
         # Only modules of the package ``network``: a flag must not import just anything.
@@ -152,11 +153,13 @@ def network(*methods: str) -> Callable[[str], ModuleType]:
             if error.name != f"network.{module}":  # the module is there, but lacks one of its own
                 raise
             modules = [info.name for info in pkgutil.iter_modules(sys.modules["network"].__path__)]
-            known = ", ".join(module for module in modules if module.endswith(("_cls", "_aff")))
+            known = ", ".join(
+                module for module in modules if module.endswith(("_cls", "_aff", "_seg"))
+            )
             message = f"there is no network {name!r}, but {known}"
             raise argparse.ArgumentTypeError(message) from error
-        if not any(hasattr(getattr(loaded, "Net", None), method) for method in methods):
-            kinds = " or ".join(NETWORK_KINDS[method] for method in methods)
+        if not any(hasattr(getattr(loaded, "Net", None), name) for name in attributes):
+            kinds = " or ".join(NETWORK_KINDS[name] for name in attributes)
             raise argparse.ArgumentTypeError(f"{name!r} is not {kinds}")
         return loaded
 
@@ -164,6 +167,7 @@ def network(*methods: str) -> Callable[[str], ModuleType]:
 
 
 classifier, affinity_network = network("forward_cam"), network("forward_features")
+segmenter = network("loss_on_grid")
 any_network = network(*NETWORK_KINDS)
 
 
@@ -174,9 +178,14 @@ def add_network_argument(parser: argparse.ArgumentParser, kind: Callable, defaul
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, batch_size: int, epochs: int, crop_size: int
+    parser: argparse.ArgumentParser,
+    batch_size: int,
+    crop_size: int,
+    epochs: int | None = None,
+    lr: float = 0.1,
+    momentum: float | None = None,
 ) -> None:
-    """The flags of both training programs, besides ``--network``, with a stage's defaults."""
+    """The flags of all training programs, besides ``--network``, with a stage's defaults."""
     add = parser.add_argument
     add(
         "--weights",
@@ -186,16 +195,18 @@ def add_training_arguments(
     add("--train_list", default="voc12/train_aug.txt", help="images to train on")
     add("--session_name", help="where to write .pth, .log, .csv (default: the network's name)")
     add("--batch_size", type=count, default=batch_size, help="images in a step, of all processes")
-    add("--max_epoches", type=count, default=epochs, help="passes over the list")
+    if epochs:
+        add("--max_epoches", type=count, default=epochs, help="passes over the list")
     add("--crop_size", type=side_length, default=crop_size, help="side of a crop, pixels")
-    add("--lr", type=positive, default=0.1, help="first learning rate; ResNet-38: 0.01")
+    add("--lr", type=positive, default=lr, help="first learning rate; see the commands above")
     add("--wt_dec", type=number(float, 0), default=5e-4, help="weight decay")
-    add(
-        "--momentum",
-        type=number(float, 0, 1),
-        help="momentum (default: the value of --wt_dec, which the released code passes in its "
-        "place, and with which the published numbers were made)",
-    )
+    text = "momentum"
+    if momentum is None:
+        text += (
+            " (default: the value of --wt_dec, which the released code passes in its place, and "
+            "with which the published numbers were made)"
+        )
+    add("--momentum", type=number(float, 0, 1), default=momentum, help=text)
     add_run_arguments(parser)
     add_speed_arguments(parser)
     add(
@@ -217,7 +228,7 @@ def add_training_arguments(
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of both inference programs, besides ``--network``."""
+    """The flags of all inference programs, besides ``--network``."""
     add = parser.add_argument
     add("--weights", required=True, help="the network's trained weights; none: it is untrained")
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")

@@ -248,10 +248,15 @@ def main_first() -> Iterator[None]:
 def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
     """The network for training steps: its gradients become the mean over ranks.
 
-    Its weights become those of rank 0. A process started alone gets the network itself.
+    Its weights become those of rank 0. On GPUs, batch norm that trains is over all ranks. A process
+    started alone gets the network itself.
     """
     if world_size() == 1:
         return net
+    if device.type == "cuda":  # PyTorch has it there only
+        for name, layer in list(net.named_children()):
+            if isinstance(layer, nn.BatchNorm2d) and layer.weight.requires_grad:
+                net.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))
     ids = None if device.index is None else [device.index]
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 

@@ -1,4 +1,4 @@
-"""What both training stages share: flags, optimizer, learning rate, and the loop over an epoch."""
+"""What all trainings share: flags, optimizer, learning rate, and the loop over an epoch."""
 
 import argparse
 import math
@@ -65,15 +65,20 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 
-def set_poly_lr(optimizer: torch.optim.Optimizer, step: int, max_step: int) -> None:
-    """lr = base lr * (1 - step / max_step)^0.9, for the given step (from 0) and every group."""
-    for group in optimizer.param_groups:
+def set_poly_lr(
+    optimizer: torch.optim.Optimizer, step: int, max_step: int, first_only: bool = False
+) -> None:
+    """lr = base lr * (1 - step / max_step)^0.9, for the given step (from 0), in every group.
+
+    With ``first_only``, the other groups keep their base lr.
+    """
+    for group in optimizer.param_groups[: 1 if first_only else None]:
         group["lr"] = group["base_lr"] * (1 - step / max_step) ** POLY_POWER
 
 
 @dataclass
 class Training:
-    """A run of either stage: its network and optimizer, and where it stands."""
+    """A training: its network and optimizer, and where it stands."""
 
     net: nn.Module
     model: nn.Module  # the network, or with several ranks what keeps its copies equal
@@ -81,7 +86,7 @@ class Training:
     scaler: torch.amp.GradScaler
     num_images: int
     batch_size: int
-    epochs: int
+    max_step: int
     device: torch.device
     session: str
     settings: dict[str, str]
@@ -91,6 +96,7 @@ class Training:
     log_every: int
     save_every: int | None
     fresh_layers: Sequence[str] = ()  # of the backbone, that the start weights lack
+    poly_first_only: bool = False  # see set_poly_lr
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, with what follows their last step
     losses: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
@@ -106,8 +112,8 @@ class Training:
         return self.num_images // self.batch_size  # a last short batch is dropped
 
     @property
-    def max_step(self) -> int:
-        return self.steps_per_epoch * self.epochs
+    def epochs(self) -> int:
+        return math.ceil(self.max_step / self.steps_per_epoch)
 
 
 def remaining_batches(training: Training) -> Iterator[list]:
@@ -115,6 +121,11 @@ def remaining_batches(training: Training) -> Iterator[list]:
 
     The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
     """
+    left = training.max_step - training.step
+    return islice(_batches_from(training), left)
+
+
+def _batches_from(training: Training) -> Iterator[list]:
     first_epoch, done = divmod(training.step, training.steps_per_epoch)
     for epoch in range(first_epoch, training.epochs):
         order = shuffled(training.num_images, training.seed, epoch)
@@ -156,6 +167,10 @@ def start_training(
             f"{args.train_list}: its {num_images} images do not fill a batch of {batch_size}; "
             "take a smaller --batch_size."
         )
+    if "max_iters" in args:
+        max_step = args.max_iters
+    else:
+        max_step = num_images // batch_size * args.max_epoches
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
     if args.weights not in WEIGHT_WORDS:
         settings["weights"] = digest_file(args.weights)
@@ -168,7 +183,7 @@ def start_training(
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
         num_images=num_images,
         batch_size=batch_size,
-        epochs=args.max_epoches,
+        max_step=max_step,
         device=device,
         session=session,
         settings=settings,
@@ -178,6 +193,7 @@ def start_training(
         log_every=args.log_every,
         save_every=args.save_every,
         fresh_layers=fresh_layers,
+        poly_first_only=getattr(args, "poly_first_group", False),
     )
     if devices.is_main():
         make_folder(training.checkpoint.parent)
@@ -213,12 +229,12 @@ def train_one_epoch(
     memory, and Interrupted after the step in which a signal came. All ranks must call it.
     """
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    end = (training.epoch + 1) * training.steps_per_epoch
+    end = min((training.epoch + 1) * training.steps_per_epoch, training.max_step)
     timed_from, timed_step = time.perf_counter(), training.step
     model.train()
     with _progress_bar(training, end) as bar:
         while training.step < end:
-            set_poly_lr(optimizer, training.step, training.max_step)
+            set_poly_lr(optimizer, training.step, training.max_step, training.poly_first_only)
             optimizer.zero_grad(set_to_none=True)
             try:
                 losses = losses_of(model, next(batches))
@@ -250,12 +266,12 @@ def train_one_epoch(
 
 
 def _progress_bar(training: Training, end: int) -> tqdm:
-    size, steps = training.batch_size, training.steps_per_epoch
+    size, start = training.batch_size, training.epoch * training.steps_per_epoch
     return cli.progress(
         None,
         f"epoch {training.epoch + 1}/{training.epochs}",
-        total=steps * size,
-        initial=(steps - end + training.step) * size,
+        total=(end - start) * size,
+        initial=(training.step - start) * size,
         disable=not devices.is_main(),
     )
 

@@ -35,11 +35,12 @@ SIGNATURES = {
     "features.28.weight": "torchvision's VGG",
     "layer4.0.conv1.weight": "torchvision's ResNet",
 }
-HEAD_SIGNATURES = {"fc8.weight": "classifier", "f9.weight": "AffinityNet"}
+# The bias comes first: a segmenter has the weight, too.
+HEAD_SIGNATURES = {"fc8.bias": "segmenter", "fc8.weight": "classifier", "f9.weight": "AffinityNet"}
 # What a checkpoint may have its weights under, the first in this order.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "ema")
 # Where layers of the backbone are not in the file, the published learning rate is too large.
-ADVICE = "--lr 0.003 --momentum 0.9; see docs/weights.md"
+ADVICE = "--lr 0.003 or less and --momentum 0.9; see docs/weights.md"
 
 
 class WeightFile(NamedTuple):
@@ -135,7 +136,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
         return [t for end, t in signatures.items() if any(n.endswith(f".{end}") for n in names)]
 
     backbone, head = titles(SIGNATURES), titles(HEAD_SIGNATURES)
-    return " ".join(backbone[:1] + head) if backbone else "no network of this project"
+    return " ".join(backbone[:1] + head[:1]) if backbone else "no network of this project"
 
 
 def load_for_training(net: nn.Module, source: str, report: Report) -> list[str]:

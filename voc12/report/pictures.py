@@ -98,6 +98,24 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return drawn
 
 
+def save_overlay(
+    path: Path, photograph: Image.Image, label: np.ndarray, label_names: Sequence[str]
+) -> None:
+    """Write an index image's labels over its RGB photograph as a PNG, a legend below them."""
+    picture = Image.alpha_composite(photograph.convert("RGBA"), label_layer(label).convert("RGBA"))
+    present = [k for k in np.unique(label).tolist() if k not in (0, VOID)]
+    size = (picture.width, picture.height + CAPTION_HEIGHT * len(present))
+    drawn = Image.new("RGB", size, "white")
+    drawn.paste(picture.convert("RGB"))
+    pen = ImageDraw.Draw(drawn)
+    for row, k in enumerate(present):
+        top = picture.height + CAPTION_HEIGHT * row
+        pen.rectangle((4, top + 4, 16, top + 16), fill=tuple(CLASS_COLOURS[k].tolist()))
+        pen.text((22, top + 2), label_names[k], fill="black", font_size=13)
+    with atomic_write(path) as file:
+        drawn.save(file, "PNG")
+
+
 def save_trace(path: Path, image: Image.Image, labels: Mapping[int, np.ndarray]) -> None:
     """Write ``<path>.png``, the photograph and the labels side by side, and ``<path>.gif``, a film.
 
