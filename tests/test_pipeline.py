@@ -23,11 +23,12 @@ QUICK = (
     "tiny --weights none "
     "--train_cls_args '--max_epoches 1 --batch_size 4 --crop_size 64 --resize_long 48 80' "
     "--infer_cls_args '--scales 1' --infer_aff_args '--logt 2' "
-    "--train_aff_args '--max_epoches 1 --batch_size 4 --crop_size 72'"
+    "--train_aff_args '--max_epoches 1 --batch_size 4 --crop_size 72' "
+    "--train_seg_args '--max_iters 2 --batch_size 4 --crop_size 64' --infer_seg_args '--scales 1'"
 )
 ORDER = [
-    *("prepare", "train_cls", "infer_cls", "infer_cls", "train_aff", "infer_aff", "infer_aff"),
-    *["evaluate"] * 4,
+    *("prepare", "train_cls", "infer_cls", "infer_cls", "train_aff", *["infer_aff"] * 3),
+    *("train_seg", "infer_seg", *["evaluate"] * 6),
 ]
 
 
@@ -64,7 +65,12 @@ def test_from_a_devkit_to_a_scored_result(finished):
     out = folder / "out"
     assert stages_in(printed) == ORDER
     results = json.loads((out / "results.json").read_text())
-    for kind, split in itertools.product(("cam", "rw"), ("train", "val")):
+    scored = [
+        *itertools.product(("cam", "rw"), ("train", "val")),
+        ("rw_crf", "train"),
+        ("seg", "val"),
+    ]
+    for kind, split in scored:
         figures = results[kind][split]
         images = len(read_ids(out / "lists" / f"{split}.txt"))
         assert (figures["images"], figures["missing"], figures["published"]) == (images, 0, None)
@@ -82,7 +88,7 @@ def test_a_repeated_command_skips_trainings_that_are_complete(finished, monkeypa
     assert "out/cls.pth is complete; --from train_cls trains again" in again
     assert "warning" not in again
     other = run_program(f"{PIPELINE} {QUICK} --dry_run --seed 5", folder).check().out
-    assert other.count("# warning: it was made by another command: ") == 2
+    assert other.count("# warning: it was made by another command: ") == 3
 
 
 def test_processes_run_in_order_until_one_fails_and_is_named(finished):
@@ -153,11 +159,16 @@ def test_stages_read_what_earlier_stages_wrote(plan):
     assert maps.infer_list == cls.train_list == aff.train_list == train_list
     assert (maps.out_la_crf, maps.out_ha_crf) == (aff.la_crf_dir, aff.ha_crf_dir)
     assert val_maps.infer_list == cls.val_list == val_list
-    assert [walk.infer_list for walk in walks] == [train_list, val_list]
+    assert [walk.infer_list for walk in walks] == [train_list, val_list, train_list]
+    (seg,), (result,) = of(commands, "train_seg"), of(commands, "infer_seg")
+    assert [walk.crf for walk in walks] == [False, False, True]
+    assert (seg.train_list, seg.label_dir) == (train_list, walks[2].out_rw)
+    assert (result.infer_list, result.weights) == (val_list, f"{seg.session_name}.pth")
     assert {walk.weights for walk in walks} == {f"{aff.session_name}.pth"}
     assert {walk.cam_dir for walk in walks} == {maps.out_cam, val_maps.out_cam}
-    assert [args.cam or args.pred for args in scores] == [maps.out_cam] * 2 + [walks[0].out_rw] * 2
-    assert [args.list for args in scores] == [train_list, val_list] * 2
+    folders = [*[maps.out_cam] * 2, *[walks[0].out_rw] * 2, seg.label_dir, result.out_seg]
+    assert [args.cam or args.pred for args in scores] == folders
+    assert [args.list for args in scores] == [train_list, val_list] * 3
 
 
 def test_every_command_gets_the_shared_flags(plan):
@@ -233,10 +244,12 @@ def test_flags_of_later_stages_are_parsed_before_the_first_runs(tmp_path):
 
 
 def test_our_figures_stand_beside_the_published_ones(tmp_path, plan):
-    assert names(plan(f"{VGG} --stages evaluate prepare")) == ["prepare", *["evaluate"] * 4]
+    assert names(plan(f"{VGG} --stages evaluate prepare")) == ["prepare", *["evaluate"] * 6]
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| CAM | train | 2.0 | 5 | 48.9 | -46.9 |" in text
     assert "| random walk | val | 5.0 | 5 | 54.0 | -49.0 |" in text
+    assert "| segmenter | val | 7.0 | 5 | 58.4 | -51.4 |" in text
+    assert "published figure on test is 60.5" in text
     for number in ("1,464", "1,449", "10,582"):
         assert number in text.partition("\n- ")[2]  # the rules of the splits
     plan("resnet38 --weights none --stages evaluate --infer_aff_args '--alpha 8'")
@@ -248,7 +261,7 @@ def test_our_figures_stand_beside_the_published_ones(tmp_path, plan):
 def test_no_published_figures_stand_beside_other_data_or_networks(plan):
     for flags in ("tiny --weights none", f"{VGG} --classes classes.txt"):
         plan(f"{flags} --stages evaluate")
-        assert plan.out.count("| - | - |") == 4
+        assert plan.out.count("| - | - |") == 6
         assert "no published figures" in plan.out
 
 

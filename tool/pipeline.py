@@ -7,14 +7,16 @@
     ... --from train_aff                     remove what this and all later stages made, run them
     ... --stages infer_aff evaluate          run these stages only
 
-The stages are prepare, train_cls, infer_cls, train_aff, infer_aff and evaluate. To continue after
+The stages are prepare, train_cls, infer_cls, train_aff, infer_aff, train_seg, infer_seg and
+evaluate. To continue after
 an interruption, repeat the command without --from: finished trainings and images are skipped. After
 a change of settings, name the first stage that it concerns by --from.
 
---out_dir gets lists/, cls.pth, aff.pth and their .log, the folders cam, la_crf, ha_crf and rw, the
-scores cam_train.json, ..., and our mIoU beside the published one in results.md and results.json.
-Labels are made and scored on train and val; training takes train_aug, or train where the devkit has
-no augmented masks.
+--out_dir gets lists/, cls.pth, aff.pth, seg.pth and their .log; the folders cam, la_crf, ha_crf,
+rw, rw_crf (refined by the dense CRF, the segmenter's labels) and seg; the scores cam_train.json,
+..., and our mIoU beside the published one in results.md and results.json. Training takes train_aug,
+or train where the devkit has no augmented masks. Labels are scored on train and val, the segmenter
+on val.
 """
 
 import argparse
@@ -33,14 +35,16 @@ from tool.run.errors import DataError, Interrupted, UsageError
 from tool.weights import FRESH
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff")
+PROGRAMS = ("train_cls", "infer_cls", "train_aff", "infer_aff", "train_seg", "infer_seg")
 STAGES = ("prepare", *PROGRAMS, "evaluate")
 # What --from removes, in --out_dir.
 OUTPUTS = {
     "train_cls": ("cls.pth", "cls.ckpt"),
     "infer_cls": ("cam/*", "la_crf/*", "ha_crf/*"),
     "train_aff": ("aff.pth", "aff.ckpt"),
-    "infer_aff": ("rw/*",),
+    "infer_aff": ("rw/*", "rw_crf/*"),
+    "train_seg": ("seg.pth", "seg.ckpt"),
+    "infer_seg": ("seg/*",),
 }
 RUN_FLAGS = re.compile(r" --(device|num_workers) \S+")  # a training's result is the same
 
@@ -57,10 +61,17 @@ COMMANDS = (
     "--la_crf_dir {out}/la_crf --ha_crf_dir {out}/ha_crf --session_name {out}/aff",
     "infer_aff --weights {out}/aff.pth --infer_list {train} --cam_dir {out}/cam --out_rw {out}/rw",
     "infer_aff --weights {out}/aff.pth --infer_list {val} --cam_dir {out}/cam --out_rw {out}/rw",
+    "infer_aff --weights {out}/aff.pth --infer_list {train_list} --cam_dir {out}/cam "
+    "--out_rw {out}/rw_crf --crf",
+    "train_seg --weights {seg_weights} --train_list {train_list} --label_dir {out}/rw_crf "
+    "--session_name {out}/seg",
+    "infer_seg --weights {out}/seg.pth --infer_list {val} --out_seg {out}/seg",
     "evaluate --list {train} --cam {out}/cam --json {out}/cam_train.json",
     "evaluate --list {val} --cam {out}/cam --json {out}/cam_val.json",
     "evaluate --list {train} --pred {out}/rw --json {out}/rw_train.json",
     "evaluate --list {val} --pred {out}/rw --json {out}/rw_val.json",
+    "evaluate --list {train} --pred {out}/rw_crf --json {out}/rw_crf_train.json",
+    "evaluate --list {val} --pred {out}/seg --json {out}/seg_val.json",
 )
 
 # What the networks are trained and run with, by network, or network and start. The published
@@ -71,8 +82,18 @@ RECIPES = {
         "infer_cls": "--low_alpha 4 --high_alpha 32",
         "train_aff": f"--lr {lr} --batch_size 8 --max_epoches 8 --crop_size 448 --wt_dec 5e-4",
         "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 8",
+        "train_seg": f"--lr 0.001 --batch_size 10 --max_iters 20000 --wt_dec 5e-4 {augmentation}",
+        "infer_seg": f"--crf {test}",
     }
-    for network, lr in (("vgg16", 0.1), ("resnet38", 0.01))
+    for network, lr, augmentation, test in (
+        (
+            "vgg16",
+            0.1,
+            "--crop_size 321 --scale 1 1 --hsv_shift 0",
+            "--scales 1 --crf_steps 10 --crf_bilateral 4 121 5",
+        ),
+        ("resnet38", 0.01, "--crop_size 448 --poly_first_group", ""),
+    )
 }
 # Where fc6 and fc7 are not in the start weights, larger learning rates diverge.
 RECIPES["vgg16_convolutions"] = RECIPES["vgg16"] | {
@@ -92,6 +113,8 @@ RECIPES["tiny"] = {
     "infer_cls": "--low_alpha 4 --high_alpha 32",
     "train_aff": "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160",
     "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 4",
+    "train_seg": "--lr 0.02 --batch_size 8 --max_iters 500 --crop_size 160",
+    "infer_seg": "--scales 0.75 1 1.25",
 }
 
 NETWORKS = ("resnet38", "resnet50", "tiny", "vgg16")
@@ -99,9 +122,21 @@ NETWORKS = ("resnet38", "resnet50", "tiny", "vgg16")
 # mIoU in per cent on train and val as the released code reports it for these recipes; IRN reports
 # ResNet-50's.
 PUBLISHED = {
-    "vgg16": {"cam": (48.9, 46.6), "rw": (59.6, 54.0)},
-    "resnet38": {"cam": (47.7, 47.2), "rw": (61.0, 60.2)},
+    "vgg16": {"cam": (48.9, 46.6), "rw": (59.6, 54.0), "seg": (None, 58.4)},
+    "resnet38": {
+        "cam": (47.7, 47.2),
+        "rw": (61.0, 60.2),
+        "rw_crf": (59.7, None),
+        "seg": (None, 61.7),
+    },
     "resnet50": {"cam": (48.3, None)},
+}
+PUBLISHED_TEST = {"vgg16": 60.5, "resnet38": 63.7}  # of the segmenters, by VOC's server
+SCORED = {  # what evaluate's results are called, and the splits that it scores
+    "cam": ("CAM", ("train", "val")),
+    "rw": ("random walk", ("train", "val")),
+    "rw_crf": ("random walk + CRF", ("train",)),
+    "seg": ("segmenter", ("val",)),
 }
 
 
@@ -151,6 +186,7 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         "train_list": augmented if is_made or augmented.exists() else train,
         "weights": args.weights,
         "aff_weights": args.aff_weights or aff_default,
+        "seg_weights": aff_default,
     }
     data = ["--voc12_root", args.voc12_root, *(["--classes", args.classes] if args.classes else [])]
     workers = ["--num_workers", str(args.num_workers)]
@@ -261,14 +297,15 @@ def run(stage: str, words: list[str]) -> None:
 def results(args: argparse.Namespace) -> tuple[dict, str]:
     """What results.json and results.md hold; raises OSError if a split was not evaluated."""
     theirs = {} if args.classes else PUBLISHED.get(args.network, {})
-    scores: dict[str, dict] = {"cam": {}, "rw": {}}
+    scores: dict[str, dict] = {key: {} for key in SCORED}
     lines = [
         f"mIoU in per cent, {args.network}.\n",
         "| stage | split | ours | images | published | difference |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    for stage, title in (("cam", "CAM"), ("rw", "random walk")):
-        for split, published in zip(("train", "val"), theirs.get(stage, (None, None)), strict=True):
+    for stage, (title, splits) in SCORED.items():
+        for split in splits:
+            published = theirs.get(stage, (None, None))[split == "val"]
             content = json.loads(Path(args.out_dir, f"{stage}_{split}.json").read_text())
             ours = {key: content[key] for key in ("miou", "images", "missing")}
             scores[stage][split] = {**ours, "published": published}
@@ -290,6 +327,9 @@ def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
     for program in PROGRAMS:
         if flags := getattr(args, f"{program}_args"):
             notes.append(f"Not the network's recipe: {program} was run with {shlex.join(flags)}.")
+    if has_published and args.network in PUBLISHED_TEST:
+        figure = PUBLISHED_TEST[args.network]
+        notes.append(f"The segmenter's published figure on test is {figure}: infer_seg --help.")
     if not has_published:
         notes.append("There are no published figures of this network and data.")
     elif args.weights == FRESH:
