@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--list", required=True, help="images to score")
     scored = parser.add_mutually_exclusive_group(required=True).add_argument
     scored("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
-    scored("--cam", metavar="DIR", help="maps <id>.npy, scored with a background")
+    scored("--cam", metavar="DIR", help="class maps <id>.npy of any method, scored with a background")
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group().add_argument
     background("--bg", type=cli.number(float, 0, 1), help="constant background (default: 0.2)")
@@ -65,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     background("--sweep", choices=sorted(SWEEPS), help="score at every threshold")
     add("--crf", action="store_true", help="score --cam after a dense CRF (0.3 s an image)")
     cli.add_crf_argument(parser)
+    cli.add_normalize_argument(parser)
     add("--allow_missing", action="store_true", help="score what exists and count what is missing")
     add("--json", metavar="FILE", help="also write the figures to this file")
     add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
@@ -99,16 +100,14 @@ class Scorer:
     devkit: Devkit
     masks: Path  # folder of <id>.png
     scored: Path  # folder of <id>.png or <id>.npy
+    normalization: str | None = None  # of tool.seeds
 
-    def _load(self, image_id: str, kind: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def _load(self, image_id: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """An image's mask, uint8 H x W, its class maps, float32 K x H x W, and their classes."""
         mask = load_index_png(self.masks / f"{image_id}.png")
         path = self.scored / f"{image_id}.npy"
-        maps = load_cams(path, mask.shape, len(self.devkit.class_names))
-        stacked = stack_maps(maps, mask.shape)
-        if kind == "alpha" and stacked.max(initial=0) > 1:
-            raise DataError(f"{path}: has scores above 1, which --alpha cannot use; use --bg.")
-        return mask, stacked, list(maps)
+        maps = load_cams(path, mask.shape, len(self.devkit.class_names), self.normalization)
+        return mask, stack_maps(maps, mask.shape), list(maps)
 
     def count_labels(self, image_id: str) -> np.ndarray:
         """The confusion matrix of an index image."""
@@ -120,7 +119,7 @@ class Scorer:
         self, image_id: str, kind: str, value: float, crf_backend: str | None = None
     ) -> np.ndarray:
         """The confusion matrix of class maps and a background, after a CRF if one is named."""
-        mask, maps, classes = self._load(image_id, kind)
+        mask, maps, classes = self._load(image_id)
         scores = BACKGROUNDS[kind](maps, value)
         if crf_backend:
             photograph = np.array(self.devkit.load_image(image_id))
@@ -130,9 +129,9 @@ class Scorer:
         prediction = index_image(scores.argmax(axis=0), classes)
         return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
 
-    def count_sweep(self, image_id: str, kind: str, winning_scores: np.ndarray) -> np.ndarray:
+    def count_sweep(self, image_id: str, winning_scores: np.ndarray) -> np.ndarray:
         """The confusion matrix of class maps at each threshold, by its winning score."""
-        mask, maps, classes = self._load(image_id, kind)
+        mask, maps, classes = self._load(image_id)
         scores = fixed_background_and_maps(maps, 0)  # a score of 0 never wins
         winner, score = index_image(scores.argmax(axis=0), classes), scores.max(axis=0)
         num_labels = len(self.devkit.label_names)
@@ -162,7 +161,7 @@ def total_counts(ids: Sequence[str], count: Callable, num_workers: int) -> np.nd
 def sweep(scorer: Scorer, ids: Sequence[str], kind: str, num_workers: int) -> np.ndarray:
     """The confusion matrices at the thresholds of ``SWEEPS[kind]``: int64 x labels x labels."""
     winning = np.array([winning_score(kind, value) for value in SWEEPS[kind]])
-    count = functools.partial(scorer.count_sweep, kind=kind, winning_scores=winning)
+    count = functools.partial(scorer.count_sweep, winning_scores=winning)
     return total_counts(ids, count, num_workers)
 
 
@@ -270,8 +269,10 @@ def sweep_plot(result: dict):
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that do not go together."""
-    if args.pred and (args.crf or args.bg is not None or args.alpha or args.sweep):
-        raise UsageError("--bg, --alpha, --sweep and --crf need --cam; --pred holds labels.")
+    of_maps = args.crf, args.bg is not None, args.alpha, args.sweep, args.normalize
+    if args.pred and any(of_maps):
+        flags = "--bg, --alpha, --sweep, --crf and --normalize"
+        raise UsageError(f"{flags} need --cam; --pred holds labels.")
     if args.crf and args.sweep:
         raise UsageError("--crf needs one threshold, --bg or --alpha, and not --sweep.")
     if not args.sweep and (args.csv or args.plot):
@@ -318,7 +319,8 @@ def main(args: argparse.Namespace) -> None:
     present = present_ids(args, ids)
     masks = Path(args.gt) if args.gt else devkit.root / "SegmentationClass"
     require_files(masks, present, ".png", "--voc12_root or --gt, and the list must belong together")
-    counts = count_images(args, Scorer(devkit, masks, Path(args.pred or args.cam)), present)
+    scorer = Scorer(devkit, masks, Path(args.pred or args.cam), args.normalize)
+    counts = count_images(args, scorer, present)
 
     scored = counts, len(present), devkit.label_names
     result = sweep_figures(args.sweep, *scored) if args.sweep else figures(*scored)

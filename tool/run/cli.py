@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tool.crf import BACKENDS
 from tool.run.errors import DataError, Interrupted, UsageError
+from tool.seeds import NORMALIZATIONS
 
 EXIT_DATA, EXIT_USAGE = 1, 2
 # Pairs reach at most over the width of most images' grids.
@@ -214,10 +215,18 @@ def add_training_arguments(
     add("--tensorboard", metavar="DIR", help="also write the figures there, for TensorBoard")
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of both inference programs, besides ``--network``."""
+def add_inference_arguments(parser: argparse.ArgumentParser, or_maps: bool = False) -> None:
+    """The flags of both inference programs, besides ``--network``.
+
+    With ``or_maps``, ``--cam_dir`` may take the place of ``--weights``.
+    """
     add = parser.add_argument
-    add("--weights", required=True, help="the network's trained weights; none: it is untrained")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument if or_maps else add
+    text = "the network's trained weights; none: it is untrained"
+    source("--weights", required=not or_maps, help=text)
+    if or_maps:
+        text = "class maps of any method, in place of a network's; --network and so on do nothing"
+        source("--cam_dir", metavar="DIR", help=text)
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add(
         "--overwrite",
@@ -229,6 +238,12 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip_bad", action="store_true", help=text)
     add_run_arguments(parser)
     add_speed_arguments(parser)
+
+
+def add_normalize_argument(parser: argparse.ArgumentParser) -> None:
+    """``--normalize`` of a program that reads class maps."""
+    text = "scale each class map to 0..1: max (negative values to 0, by the largest) or minmax"
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help=text)
 
 
 def add_crf_argument(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,8 @@ def mean(iou: np.ndarray | None) -> float:
 def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[str, str]]:
     """The CAMs' figures at the best background score and alpha, and the curves as data URIs."""
     devkit, best, curves = outputs.devkit, {}, {}
-    scorer = Scorer(devkit, devkit.root / "SegmentationClass", Path(outputs.folders["cam"]))
+    masks, cams = devkit.root / "SegmentationClass", Path(outputs.folders["cam"])
+    scorer = Scorer(devkit, masks, cams, outputs.normalization)
     for kind, name in (("bg", "background score"), ("alpha", "alpha")):
         confusions = sweep(scorer, ids, kind, cli.default_num_workers())
         result = sweep_figures(kind, confusions, len(ids), devkit.label_names)
