@@ -2,8 +2,9 @@
 
 A pickle is a program for a small stack machine: it may import any module and call any function.
 This reader is the standard library's unpickler in its Python form, with most of its operations
-taken away, and with stand-ins for the few names that NumPy 1 and 2 and torch write. (The C form cannot check
-what becomes a dict's key, and reserves memory for whatever length or index a file states.)
+taken away, and with stand-ins for the few names that NumPy 1 and 2 and torch write. (The C form
+cannot check what becomes a dict's key, and reserves memory for whatever length or index a file
+states.)
 """
 
 import io
@@ -94,7 +95,7 @@ def _tensor_storage(stream: bytes) -> torch.TypedStorage:
 def _array_of_tensor(
     storage: torch.TypedStorage, offset: int, shape: tuple, strides: tuple, *_: Any
 ) -> np.ndarray:
-    numbers = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
+    numbers = torch.empty(0, dtype=storage.dtype).set_(storage)
     if math.prod(shape) > len(numbers):  # an expanded tensor: a few bytes of any size
         raise ValueError("it has a tensor whose shape and content do not fit")
     return numbers.as_strided(shape, strides, offset).numpy()  # checks the bounds
