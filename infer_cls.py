@@ -14,8 +14,8 @@ Several GPUs of one machine, or of several that share the folders:
 Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is named. Images whose
 files are all there are skipped, so a command that was killed continues when it is repeated.
 
---label_file is voc12/cls_labels.npy by default. With --cam_dir, the present classes are those that
-have a map; a --label_file leaves out those that it does not have. docs/seeds.md lists the forms.
+With --cam_dir, the present classes are those that have a map; a --label_file that is named leaves
+out those that an image does not have there. docs/seeds.md lists the forms of maps.
 """
 
 import argparse
@@ -36,24 +36,10 @@ from tool.run.devices import StopSignals, Switches, autocast, print_main, to_dev
 from tool.run.errors import UsageError
 from tool.run.inference import Run, join_ranks
 from tool.run.loading import load_each
-from tool.run.provenance import (
-    OutputFolder,
-    digest,
-    digest_file,
-    digest_maps,
-    settings_of,
-    weights_settings,
-)
+from tool.run.provenance import OutputFolder, digest, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
-from voc12.datasets import MultiScaleSample, MultiScaleSet, Seeds, SeedSet
-from voc12.devkit import (
-    LABEL_FILE,
-    Devkit,
-    add_devkit_arguments,
-    open_devkit,
-    read_ids,
-    require_files,
-)
+from voc12.datasets import AffinityInferenceSet, AffinitySample, MultiScaleSample, MultiScaleSet
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
 MAP_FOLDERS = ("out_cam", "out_la_crf", "out_ha_crf")
 OUTPUT_FOLDERS = (*MAP_FOLDERS, "out_cam_pred")
@@ -66,7 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_inference_arguments(parser, or_maps=True)
     cli.add_normalize_argument(parser)
     add_devkit_arguments(parser)
-    parser.set_defaults(label_file=None)  # one that is named also concerns --cam_dir
     add("--low_alpha", type=cli.positive, default=4, help="background exponent of --out_la_crf")
     add("--high_alpha", type=cli.positive, default=32, help="background exponent of --out_ha_crf")
     add("--out_cam", metavar="DIR", help="folder for class activation maps")
@@ -103,8 +88,9 @@ def source_settings(args: argparse.Namespace) -> dict[str, str]:
     if not args.cam_dir:
         settings = settings_of(args, ("network", "amp", "tf32", "compile", "scales"))
         return settings | weights_settings(args.weights, args.seed)
-    labels = {"label_file": digest_file(args.label_file)} if args.label_file else {}
-    return labels | {"cam_dir": digest_maps(args.cam_dir)} | settings_of(args, ["normalize"])
+    labels = Path(args.label_file).read_bytes() if args.label_file else b""
+    settings = {"cam_dir": digest_maps(args.cam_dir), "label_file": digest(labels)}
+    return settings | settings_of(args, ["normalize"])
 
 
 def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolder]:
@@ -128,7 +114,7 @@ def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolde
 
 
 def write_outputs(
-    sample: MultiScaleSample | Seeds,
+    sample: MultiScaleSample | AffinitySample,
     classes: Sequence[int],
     maps: np.ndarray,
     args: argparse.Namespace,
@@ -166,35 +152,26 @@ def infer_image(
     return classes, cam.cpu().numpy()
 
 
-def load_network(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
-    """The classifier on its device."""
-    torch.manual_seed(args.seed)
-    net = args.network.Net(num_classes=num_classes)
-    load_for_inference(net, args.weights, print_main)
-    switches = Switches(args.amp, args.tf32, args.compile)
-    return to_device(net, device, switches, "forward_cam").eval()
-
-
-def require_inputs(args: argparse.Namespace, devkit: Devkit, ids: Sequence[str]) -> None:
-    """Raise DataError if a photograph, label or class map is missing."""
-    if args.cam_dir:
-        devkit.require_images(ids)
-        require_files(args.cam_dir, ids, ".npy", "--cam_dir needs class maps of all images")
-    if args.label_file:
-        print_main(devkit.require_labelled_images(ids))
-
-
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
+    torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
-    net = None if args.cam_dir else load_network(args, len(devkit.class_names), device)
+    if not args.cam_dir:
+        net = args.network.Net(num_classes=len(devkit.class_names))
+        load_for_inference(net, args.weights, print_main)
+        switches = Switches(args.amp, args.tf32, args.compile)
+        to_device(net, device, switches, "forward_cam").eval()
     folders = output_folders(args, devkit)
     run = Run("infer_cls", ids, folders, stop, args.overwrite, args.skip_bad)
     if not args.skip_bad:
-        require_inputs(args, devkit, run.todo)
-    if args.cam_dir:
-        by_label = args.label_file is not None
-        dataset = SeedSet(devkit, run.ids, args.cam_dir, args.normalize, by_label)
+        devkit.require_images(run.todo)
+        if args.cam_dir:
+            require_files(args.cam_dir, run.todo, ".npy", "--cam_dir needs maps of all images")
+        if args.label_file or not args.cam_dir:
+            print_main(devkit.require_labelled_images(run.todo))
+    if args.cam_dir:  # no network, hence no normalization of its images
+        maps = args.cam_dir, args.normalize, args.label_file is not None
+        dataset = AffinityInferenceSet(devkit, run.ids, np.asarray, *maps)
     else:
         dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales)
     pinned = device.type == "cuda"
@@ -209,8 +186,6 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
-    if not (args.label_file or args.cam_dir):
-        args.label_file = LABEL_FILE
     with join_ranks(args.device) as (device, stop):
         infer_list(args, device, stop)
 

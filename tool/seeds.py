@@ -5,7 +5,6 @@ array K x H x W under one of the names in ``STACKS``.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch

@@ -133,42 +133,8 @@ class AffinityTrainingSet(_ImageSet):
         return torch.from_numpy(transforms.to_chw(array)), label
 
 
-class Seeds(NamedTuple):
-    """One image with class maps."""
-
-    image_id: str
-    photograph: np.ndarray  # uint8 H x W x 3 RGB
-    classes: list[int]  # those present
-    maps: Tensor  # float32 classes x H x W, in 0..1
-
-
-@dataclass
-class SeedSet(Dataset):
-    """Whole images with class maps from files: ``Seeds``."""
-
-    devkit: Devkit
-    ids: Sequence[str]
-    cam_dir: str | os.PathLike
-    normalization: str | None = None  # of tool.seeds
-    by_label: bool = False  # leave out classes that the image-level label does not have
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Seeds:
-        image_id = self.ids[index]
-        photograph = np.array(self.devkit.load_image(image_id))
-        size, num_classes = photograph.shape[:2], len(self.devkit.class_names)
-        path = Path(self.cam_dir, f"{image_id}.npy")
-        maps = load_cams(path, size, num_classes, self.normalization)
-        if self.by_label:
-            label = self.devkit.image_label(image_id)
-            maps = {k: values for k, values in maps.items() if label[k]}
-        return Seeds(image_id, photograph, list(maps), torch.from_numpy(stack_maps(maps, size)))
-
-
 class AffinitySample(NamedTuple):
-    """One image for the random walk."""
+    """One image with its class maps, for the random walk or the CRF."""
 
     image_id: str
     photograph: np.ndarray  # uint8 H x W x 3 RGB
@@ -183,8 +149,17 @@ class AffinityInferenceSet(_ImageSet):
 
     cam_dir: str | os.PathLike
     normalization: str | None = None  # of tool.seeds
+    by_label: bool = False  # leave out classes that the image-level label does not have
 
     def __getitem__(self, index: int) -> AffinitySample:
-        seeds = SeedSet(self.devkit, self.ids, self.cam_dir, self.normalization)[index]
-        image = torch.from_numpy(transforms.to_chw(self.normalize(seeds.photograph)))
-        return AffinitySample(seeds.image_id, seeds.photograph, image, seeds.classes, seeds.maps)
+        image_id = self.ids[index]
+        photograph = np.array(self.devkit.load_image(image_id))
+        size, num_classes = photograph.shape[:2], len(self.devkit.class_names)
+        path = Path(self.cam_dir, f"{image_id}.npy")
+        maps = load_cams(path, size, num_classes, self.normalization)
+        if self.by_label:
+            label = self.devkit.image_label(image_id)
+            maps = {k: values for k, values in maps.items() if label[k]}
+        image = torch.from_numpy(transforms.to_chw(self.normalize(photograph)))
+        stacked = torch.from_numpy(stack_maps(maps, size))
+        return AffinitySample(image_id, photograph, image, list(maps), stacked)

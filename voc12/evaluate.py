@@ -29,6 +29,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -57,7 +58,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--list", required=True, help="images to score")
     scored = parser.add_mutually_exclusive_group(required=True).add_argument
     scored("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
-    scored("--cam", metavar="DIR", help="class maps <id>.npy of any method, scored with a background")
+    scored(
+        "--cam", metavar="DIR", help="class maps <id>.npy of any method, scored with a background"
+    )
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group().add_argument
     background("--bg", type=cli.number(float, 0, 1), help="constant background (default: 0.2)")
@@ -67,12 +70,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_crf_argument(parser)
     cli.add_normalize_argument(parser)
     add("--allow_missing", action="store_true", help="score what exists and count what is missing")
-    add("--json", metavar="FILE", help="also write the figures to this file")
-    add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
-    add("--plot", metavar="FILE.png", help="draw the --sweep to this file")
+    add_figure_files(parser)
     workers, workers_help = cli.default_num_workers(), "processes that count; 0: the program itself"
     add("--num_workers", type=cli.number(int, 0), default=workers, help=workers_help)
     return parser
+
+
+def add_figure_files(parser: argparse.ArgumentParser) -> None:
+    """``--json``, ``--csv`` and ``--plot`` of a program with ``--sweep``."""
+    add = parser.add_argument
+    add("--json", metavar="FILE", help="also write the figures to this file")
+    add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
+    add("--plot", metavar="FILE.png", help="draw the --sweep to this file")
 
 
 def winning_score(kind: str, value: float) -> np.float32:
@@ -202,7 +211,7 @@ def table(result: dict) -> str:
 
     columns = [result[column] for column in ("per_class", "precision", "recall")]
     background = result["background"]
-    missing = f", {result['missing']} missing" if result["missing"] else ""
+    missing = f", {result['missing']} missing" if result.get("missing") else ""
     rows = [
         f"{'label':<16}{'IoU':>10}{'precision':>10}{'recall':>10}",
         *(row(name, *(column[name] for column in columns)) for name in result["per_class"]),
@@ -214,39 +223,54 @@ def table(result: dict) -> str:
     return "\n".join(rows)
 
 
-def sweep_figures(kind: str, confusions: np.ndarray, num_images: int, names: Sequence[str]) -> dict:
-    """What --json holds of a sweep, except "missing"; the best is the first of the largest mIoU."""
+def sweep_figures(
+    points: Sequence[dict], confusions: np.ndarray, num_images: int, names: Sequence[str]
+) -> dict:
+    """What --json holds of a sweep over ``points`` {setting: value}, except "missing".
+
+    The best is the first of the largest mIoU.
+    """
+    settings = [*points[0]]
     scored = [
-        {kind: value, **figures(confusion, num_images, names)}
-        for value, confusion in zip(SWEEPS[kind], confusions, strict=True)
+        {**point, **figures(confusion, num_images, names)}
+        for point, confusion in zip(points, confusions, strict=True)
     ]
+    shown = [*settings, "miou", "per_class"]
     return {
-        "sweep": kind,
+        "sweep": " ".join(settings),
         "images": num_images,
-        "points": [{key: point[key] for key in (kind, "miou", "per_class")} for point in scored],
+        "points": [{key: point[key] for key in shown} for point in scored],
         "best": max(scored, key=lambda point: point["miou"]),
     }
 
 
+def threshold_figures(kind: str, *scored: Any) -> dict:
+    """``sweep_figures`` over the thresholds of a kind."""
+    return sweep_figures([{kind: value} for value in SWEEPS[kind]], *scored)
+
+
 def sweep_table(result: dict) -> str:
-    """The mIoU at every threshold as text, the best one marked, and its figures."""
-    kind, best = result["sweep"], result["best"]
-    rows = [f"{kind:>6}{'mIoU':>8}"]
+    """The mIoU at every point as text, the best one marked, and its figures."""
+    settings, best = result["sweep"].split(), result["best"]
+    rows = ["".join(f"{name:>6}" for name in settings) + f"{'mIoU':>8}"]
     for point in result["points"]:
-        mark = "  <- best" if point[kind] == best[kind] else ""
-        rows.append(f"{point[kind]:>6g}{point['miou']:>8.2f}{mark}")
-    return "\n".join([*rows, "", f"at {kind} {best[kind]:g}:", table(best)])
+        mark = "  <- best" if all(point[name] == best[name] for name in settings) else ""
+        values = "".join(f"{point[name]:>6g}" for name in settings)
+        rows.append(f"{values}{point['miou']:>8.2f}{mark}")
+    place = ", ".join(f"{name} {best[name]:g}" for name in settings)
+    return "\n".join([*rows, "", f"at {place}:", table(best)])
 
 
 def sweep_csv(result: dict) -> str:
-    """One line for each threshold: mIoU, whether it is the best, and the IoU of each class."""
-    kind, best = result["sweep"], result["best"]
+    """One line for each point: mIoU, whether it is the best, and the IoU of each class."""
+    settings, best = result["sweep"].split(), result["best"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([kind, "miou", "best", *best["per_class"]])
+    writer.writerow([*settings, "miou", "best", *best["per_class"]])
     for point in result["points"]:
-        marked = int(point[kind] == best[kind])
-        writer.writerow([point[kind], point["miou"], marked, *point["per_class"].values()])
+        values = [point[name] for name in settings]
+        marked = int(values == [best[name] for name in settings])
+        writer.writerow([*values, point["miou"], marked, *point["per_class"].values()])
     return text.getvalue()
 
 
@@ -277,8 +301,29 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--crf needs one threshold, --bg or --alpha, and not --sweep.")
     if not args.sweep and (args.csv or args.plot):
         raise UsageError("--csv and --plot show the results of --sweep; add --sweep.")
+
+
+def check_files(args: argparse.Namespace, list_flag: str, devkit: Devkit) -> None:
+    """Raise UsageError if --json, --csv or --plot would replace an input, or each other."""
     if args.plot and not args.plot.endswith(".png"):
         raise UsageError(f"--plot {args.plot}: must end in .png.")
+    outputs = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
+    inputs = {f"--{name}": getattr(args, name) for name in (list_flag, "classes")}
+    cli.require_distinct_outputs(outputs, inputs)
+    for flag, path in outputs.items():
+        devkit.require_output(flag, path)
+
+
+def write_files(args: argparse.Namespace, result: dict, plot: Callable) -> None:
+    """Write --json, --csv and --plot, those that are named; ``plot(result)`` makes the figure."""
+    if args.json:
+        write_json(args.json, result)
+    if args.csv:
+        with atomic_write(args.csv) as file:
+            file.write(sweep_csv(result).encode())
+    if args.plot:
+        with atomic_write(args.plot) as file:
+            plot(result).savefig(file, format="png")
 
 
 def present_ids(args: argparse.Namespace, ids: Sequence[str]) -> Sequence[str]:
@@ -310,11 +355,8 @@ def count_images(args: argparse.Namespace, scorer: Scorer, ids: Sequence[str]) -
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
-    outputs = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
-    cli.require_distinct_outputs(outputs, {"--list": args.list, "--classes": args.classes})
     devkit = open_devkit(args)
-    for flag, path in outputs.items():
-        devkit.require_output(flag, path)
+    check_files(args, "list", devkit)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     present = present_ids(args, ids)
     masks = Path(args.gt) if args.gt else devkit.root / "SegmentationClass"
@@ -323,18 +365,11 @@ def main(args: argparse.Namespace) -> None:
     counts = count_images(args, scorer, present)
 
     scored = counts, len(present), devkit.label_names
-    result = sweep_figures(args.sweep, *scored) if args.sweep else figures(*scored)
+    result = threshold_figures(args.sweep, *scored) if args.sweep else figures(*scored)
     result["missing"] = len(ids) - len(present)
     if args.sweep:
         result["best"]["missing"] = result["missing"]
-    if args.json:
-        write_json(args.json, result)
-    if args.csv:
-        with atomic_write(args.csv) as file:
-            file.write(sweep_csv(result).encode())
-    if args.plot:
-        with atomic_write(args.plot) as file:
-            sweep_plot(result).savefig(file, format="png")
+    write_files(args, result, sweep_plot)
     print(sweep_table(result) if args.sweep else table(result))
 
 
