@@ -50,6 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
     cli.add_inference_arguments(parser, or_maps=True)
+    text = "class maps of any method, in place of --weights; --network, --scales ... do nothing"
+    add("--cam_dir", metavar="DIR", help=text)
     cli.add_normalize_argument(parser)
     add_devkit_arguments(parser)
     add("--low_alpha", type=cli.positive, default=4, help="background exponent of --out_la_crf")
@@ -70,6 +72,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError if no folder is named, or one twice for files of the same name."""
+    if bool(args.weights) == bool(args.cam_dir):
+        raise UsageError("name either --weights of the network, or --cam_dir with class maps.")
     if args.normalize and not args.cam_dir:
         raise UsageError("--normalize scales the class maps of --cam_dir; name their folder.")
     named = [name for name in OUTPUT_FOLDERS if getattr(args, name)]

@@ -130,7 +130,7 @@ def _checked_maps(path: Path, content: Mapping) -> dict:
     return dict(sorted(maps.items()))
 
 
-def _require_one_size(path: Path, maps: Mapping, size: tuple[int, int] | None = None) -> None:
+def _require_one_size(path: Path, maps: Mapping, size: tuple[int, int] | None) -> None:
     """Raise DataError if maps differ in (H, W), or from the image's, if that is known."""
     shapes = {value.shape for value in maps.values()} | ({tuple(size)} if size else set())
     if len(shapes) > 1:
@@ -180,11 +180,7 @@ def load_cams(
         content = seeds.by_class(load_npy_dict(path))
     except ValueError as error:
         raise DataError(f"{path}: {error}; docs/seeds.md lists the forms.") from error
-    maps = _checked_maps(path, content)
-    _require_one_size(path, maps)
-    own = next((values.shape for values in maps.values()), size)
-    if own != size and seeds.is_reduced(own, size):
-        maps = dict(zip(maps, seeds.resize(stack_maps(maps, own), size), strict=True))
+    maps = {k: seeds.resize(v, size) for k, v in _checked_maps(path, content).items()}
     _require_one_size(path, maps, size)
     # A single map of ones is the background of an image without objects, or a class all over it.
     several = 0 in maps and len(maps) > 1
@@ -196,8 +192,7 @@ def load_cams(
         raise DataError(f"{path}: {problem}; see --classes.")
     if normalization:
         maps = {k: seeds.normalize(values, normalization) for k, values in maps.items()}
-    way = "a background (--alpha, --bg) needs --normalize max or --normalize minmax"
-    _require_scores(path, maps, way)
+    _require_scores(path, maps, "a background (--alpha, --bg) needs --normalize max or minmax")
     return maps
 
 

@@ -44,19 +44,18 @@ def listed(content: Mapping) -> str:
     return ", ".join(repr(key) for key in content)[:200]
 
 
-def is_reduced(own: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether maps of their ``own`` (H, W) are an image of that ``size`` divided by a stride.
+def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map, float32 h x w, in an image's (H, W), bilinear (align_corners=False).
 
-    Then both have the same ratio of sides, up to one cell: all else belongs to another image.
+    It stays as it is where it has that size, and where it cannot be the image divided by a stride:
+    if it is larger, or if the ratio of its sides differs by more than one cell.
     """
-    (h, w), (height, width) = own, size
-    return 0 < h <= height and 0 < w <= width and abs(h * width - w * height) < max(height, width)
-
-
-def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """float32 K x h x w -> K x H x W with (H, W) = ``size``, bilinear (align_corners=False)."""
-    tensor = torch.from_numpy(maps)[None]
-    return F.interpolate(tensor, size, mode="bilinear", align_corners=False)[0].numpy()
+    (h, w), (height, width) = values.shape, size
+    is_smaller = 0 < h <= height and 0 < w <= width and (h, w) != (height, width)
+    if not is_smaller or abs(h * width - w * height) >= max(height, width):
+        return values
+    tensor = torch.from_numpy(values)[None, None]
+    return F.interpolate(tensor, size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def normalize(values: np.ndarray, how: str) -> np.ndarray:

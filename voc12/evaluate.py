@@ -29,7 +29,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -58,9 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--list", required=True, help="images to score")
     scored = parser.add_mutually_exclusive_group(required=True).add_argument
     scored("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
-    scored(
-        "--cam", metavar="DIR", help="class maps <id>.npy of any method, scored with a background"
-    )
+    scored("--cam", metavar="DIR", help="class maps <id>.npy, scored with a background")
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group().add_argument
     background("--bg", type=cli.number(float, 0, 1), help="constant background (default: 0.2)")
@@ -244,11 +241,6 @@ def sweep_figures(
     }
 
 
-def threshold_figures(kind: str, *scored: Any) -> dict:
-    """``sweep_figures`` over the thresholds of a kind."""
-    return sweep_figures([{kind: value} for value in SWEEPS[kind]], *scored)
-
-
 def sweep_table(result: dict) -> str:
     """The mIoU at every point as text, the best one marked, and its figures."""
     settings, best = result["sweep"].split(), result["best"]
@@ -365,7 +357,8 @@ def main(args: argparse.Namespace) -> None:
     counts = count_images(args, scorer, present)
 
     scored = counts, len(present), devkit.label_names
-    result = threshold_figures(args.sweep, *scored) if args.sweep else figures(*scored)
+    points = [{args.sweep: value} for value in SWEEPS.get(args.sweep, ())]
+    result = sweep_figures(points, *scored) if args.sweep else figures(*scored)
     result["missing"] = len(ids) - len(present)
     if args.sweep:
         result["best"]["missing"] = result["missing"]

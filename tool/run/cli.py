@@ -216,17 +216,10 @@ def add_training_arguments(
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser, or_maps: bool = False) -> None:
-    """The flags of both inference programs, besides ``--network``.
-
-    With ``or_maps``, ``--cam_dir`` may take the place of ``--weights``.
-    """
+    """The flags of both inference programs, besides ``--network``; with maps, no weights needed."""
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True).add_argument if or_maps else add
     text = "the network's trained weights; none: it is untrained"
-    source("--weights", required=not or_maps, help=text)
-    if or_maps:
-        text = "class maps of any method, in place of a network's; --network and so on do nothing"
-        source("--cam_dir", metavar="DIR", help=text)
+    add("--weights", required=not or_maps, help=text)
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add(
         "--overwrite",

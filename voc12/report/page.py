@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tool.cam import BACKGROUND_SCORE
 from tool.labels import VOID
 from tool.run import cli
-from voc12.evaluate import Scorer, sweep, sweep_plot, threshold_figures
+from voc12.evaluate import SWEEPS, Scorer, sweep, sweep_figures, sweep_plot
 from voc12.report import pictures
 from voc12.report.data import CAM, Example, Outputs, choose, read_log, score
 
@@ -93,7 +93,8 @@ def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], d
     scorer = Scorer(devkit, masks, cams, outputs.normalization)
     for kind, name in (("bg", "background score"), ("alpha", "alpha")):
         confusions = sweep(scorer, ids, kind, cli.default_num_workers())
-        result = threshold_figures(kind, confusions, len(ids), devkit.label_names)
+        points = [{kind: value} for value in SWEEPS[kind]]
+        result = sweep_figures(points, confusions, len(ids), devkit.label_names)
         best[f"{CAM}, best {name}: {result['best'][kind]:g}"] = result["best"]
         curves[f"{CAM}, mIoU over the {name}"] = svg_uri(sweep_plot(result))
     return best, curves
