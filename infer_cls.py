@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
-    cli.add_inference_arguments(parser, or_maps=True)
+    cli.add_inference_arguments(parser, weights_required=False)
     text = "class maps of any method, in place of --weights; --network, --scales ... do nothing"
     add("--cam_dir", metavar="DIR", help=text)
     cli.add_normalize_argument(parser)

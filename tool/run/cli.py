@@ -215,11 +215,11 @@ def add_training_arguments(
     add("--tensorboard", metavar="DIR", help="also write the figures there, for TensorBoard")
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser, or_maps: bool = False) -> None:
-    """The flags of both inference programs, besides ``--network``; with maps, no weights needed."""
+def add_inference_arguments(parser: argparse.ArgumentParser, weights_required: bool = True) -> None:
+    """The flags of both inference programs, besides ``--network``."""
     add = parser.add_argument
     text = "the network's trained weights; none: it is untrained"
-    add("--weights", required=not or_maps, help=text)
+    add("--weights", required=weights_required, help=text)
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add(
         "--overwrite",
