@@ -4,17 +4,23 @@
         --network network.vgg16_aff --weights vgg16_aff.pth --cam_dir CAM --out_rw RW
     python3 infer_aff.py ... --crf                                  sharpened by the dense CRF
     python3 infer_aff.py ... --trace WALKS --trace_ids 2007_000033  how the walk went, in pictures
+    python3 infer_aff.py ... --out_scores SCORES                    the walked class maps
 
 Several GPUs of one machine, or of several that share the folders:
     torchrun --nproc_per_node=4 infer_aff.py --infer_list ...
 
-CAM is what infer_cls.py wrote to --out_cam. Writes an index image <id>.png into RW. Images that are
-there are skipped, so a command that was killed continues when it is repeated.
+CAM is what infer_cls.py wrote to --out_cam, or class maps of any method (docs/seeds.md). Writes an
+index image <id>.png into RW. Images that are there are skipped, so a command that was killed
+continues when it is repeated.
+
+On images with masks, ... --sweep --plot sweep.png, in place of --out_rw, runs the network once and
+scores every combination of --alphas (or --bgs), --betas and --logts; interrupted, it starts again.
 """
 
 import argparse
 import os
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +33,9 @@ from tool import random_walk
 from tool.affinity import pair_affinity
 from tool.crf import dense_crf
 from tool.labels import index_image
-from tool.maps import save_index_png
-from tool.run import cli
+from tool.maps import save_index_png, save_maps
+from tool.metrics import confusion_matrix
+from tool.run import cli, devices
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
 from tool.run.inference import Run, join_ranks
@@ -37,7 +44,8 @@ from tool.run.provenance import OutputFolder, digest_maps, settings_of, weights_
 from tool.weights import load_for_inference
 from voc12.datasets import AffinityInferenceSet, AffinitySample
 from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
-from voc12.report.pictures import save_trace
+from voc12.evaluate import add_figure_files, check_files, sweep_figures, sweep_table, write_files
+from voc12.report.pictures import save_trace, walk_heat_map
 
 # Walks of small grids leave a GPU waiting for launches; together they do not.
 WALKS_AT_A_TIME = {"cpu": 1, "cuda": 8}
@@ -50,11 +58,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_network_argument(parser, cli.affinity_network, default="network.vgg16_aff")
     cli.add_inference_arguments(parser)
     add_devkit_arguments(parser, labels=False)
-    add("--cam_dir", required=True, metavar="DIR", help="class activation maps of stage 2")
-    add("--out_rw", required=True, metavar="DIR", help="folder for the labels, index images")
+    add("--cam_dir", required=True, metavar="DIR", help="class maps of stage 2, or of any method")
+    cli.add_normalize_argument(parser)
+    add("--out_rw", metavar="DIR", help="folder for the labels, index images")
+    text = "folder for the walked class maps, archives <id>.npz of float16 in 0..1"
+    add("--out_scores", metavar="DIR", help=text)
+    score, logt = cli.number(float, 0, 1), cli.number(int, 0, MAX_LOGT)
     add("--alpha", type=cli.positive, default=16, help="background: (1 - max score)^alpha")
+    add("--bg", type=score, help="constant background score, in place of --alpha's")
     add("--beta", type=cli.positive, default=8, help="exponent of the affinities")
-    add("--logt", type=cli.number(int, 0, MAX_LOGT), default=8, help="the walk takes 2^logt steps")
+    add("--logt", type=logt, default=8, help="the walk takes 2^logt steps")
     cli.add_radius_argument(parser)
     text = (
         "take every step, instead of a series that gives the scores to a millionth of the largest"
@@ -66,6 +79,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_crf_argument(parser)
     add("--trace", metavar="DIR", help="pictures of the walk: a strip <id>.png and a film <id>.gif")
     add("--trace_ids", nargs="+", metavar="ID", help="the images of --trace (default: the first)")
+    text = "score every combination of the following settings against the masks, instead"
+    add("--sweep", action="store_true", help=text)
+    add("--alphas", nargs="+", type=cli.positive, default=(4, 8, 16, 32), help="of --sweep")
+    add("--bgs", nargs="+", type=score, help="of --sweep, in place of --alphas")
+    add("--betas", nargs="+", type=cli.positive, default=(4, 8, 12, 16), help="of --sweep")
+    add("--logts", nargs="+", type=logt, default=(0, 2, 4, 6, 8), help="of --sweep")
+    add_figure_files(parser)
     return parser
 
 
@@ -78,56 +98,66 @@ class Walk(NamedTuple):
 
 
 @torch.no_grad()
-def make_walk(
+def affinity_of(
     net: nn.Module, sample: AffinitySample, args: argparse.Namespace, device: torch.device
-) -> Walk:
-    """The transition matrix of an image's affinities, and its maps with the background."""
+) -> tuple[Tensor, int, int]:
+    """An image's affinities, offsets x sources, and the height and width of its feature grid."""
     image = random_walk.pad_to_multiple(sample.image.to(device, non_blocking=True), net.stride)
     height, width = (side // net.stride for side in image.shape[-2:])
     with autocast(device, args.amp):
         features = net.forward_features(image[None])
-    affinity = pair_affinity(features, args.radius, args.full_graph)[0]
-    transition = random_walk.transition_matrix(
-        affinity, height, width, args.radius, args.beta, args.full_graph
-    )
-    seeds = random_walk.walk_seeds(
-        sample.maps.to(device, non_blocking=True), args.alpha, net.stride
-    )
-    return Walk(sample, transition, seeds)
+    return pair_affinity(features, args.radius, args.full_graph)[0], height, width
+
+
+def make_walk(
+    net: nn.Module, sample: AffinitySample, args: argparse.Namespace, device: torch.device
+) -> Walk:
+    """The transition matrix of an image's affinities, and its maps with the background."""
+    affinity = affinity_of(net, sample, args, device)
+    walk = args.radius, args.beta, args.full_graph
+    transition = random_walk.transition_matrix(*affinity, *walk)
+    maps = sample.maps.to(device, non_blocking=True)
+    kind, background = ("alpha", args.alpha) if args.bg is None else ("bg", args.bg)
+    return Walk(sample, transition, random_walk.walk_seeds(maps, background, net.stride, kind))
 
 
 def label_of(
-    scores: Tensor, sample: AffinitySample, stride: int, crf_backend: str | None = None
+    upsampled: Tensor, sample: AffinitySample, crf_backend: str | None = None
 ) -> np.ndarray:
-    """The label that an image's scores on the grid, maps x h x w, give it: uint8 H x W.
+    """The label that an image's scores, maps x H x W, give it: uint8 H x W.
 
     With a backend, they go through the dense CRF first.
     """
-    upsampled = random_walk.upsample_scores(scores, sample.maps.shape[-2:], stride)
     if crf_backend:
-        score_sets, device = [upsampled.cpu().numpy()], scores.device
+        score_sets, device = [upsampled.cpu().numpy()], upsampled.device
         (refined,) = dense_crf(sample.photograph, score_sets, backend=crf_backend, device=device)
         upsampled = torch.from_numpy(refined)
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
 
 def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace) -> None:
-    """Walk, and write each image's label and, where asked for, the pictures of its walk."""
+    """Walk, and write each image's label, walked maps and pictures, those that are asked for."""
     seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
     tolerance = 0 if args.exact else random_walk.TOLERANCE
     walked = random_walk.propagate_together(seeds, transitions, 2**args.logt, tolerance)
     for walk, scores in zip(walks, walked, strict=True):
-        label = label_of(scores, walk.sample, stride, args.crf_backend if args.crf else None)
-        if walk.sample.image_id in args.trace_ids:
+        sample = walk.sample
+        upsampled = random_walk.upsample_scores(scores, sample.maps.shape[-2:], stride)
+        if sample.image_id in args.trace_ids:
             draw_walk(walk, stride, args)
-        save_index_png(Path(args.out_rw, f"{walk.sample.image_id}.png"), label)
+        if args.out_scores:
+            maps = dict(zip(sample.classes, upsampled[1:].cpu().numpy(), strict=True))
+            save_maps(Path(args.out_scores, f"{sample.image_id}.npz"), maps, "float16")
+        if args.out_rw:
+            label = label_of(upsampled, sample, args.crf_backend if args.crf else None)
+            save_index_png(Path(args.out_rw, f"{sample.image_id}.png"), label)
 
 
 def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
     """Write ``--trace``'s pictures of one image."""
-    sample = walk.sample
+    sample, size = walk.sample, walk.sample.maps.shape[-2:]
     labels = {
-        steps: label_of(scores, sample, stride)
+        steps: label_of(random_walk.upsample_scores(scores, size, stride), sample)
         for steps, scores in random_walk.walk_trace(walk.seeds, walk.transition, args.logt).items()
     }
     save_trace(Path(args.trace, sample.image_id), Image.fromarray(sample.photograph), labels)
@@ -135,11 +165,19 @@ def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
 
 def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolder]:
     """The folders that were named, with what decides their content."""
-    flags = ("radius", "alpha", "beta", "logt", "exact", "full_graph", "crf")
-    settings = settings_of(args, ("network", "amp", "tf32", "compile", *flags))
-    settings |= weights_settings(args.weights, args.seed) | {"cam_dir": digest_maps(args.cam_dir)}
-    devkit.require_output("--out_rw", args.out_rw)
-    folders = [OutputFolder("infer_aff.py --out_rw", Path(args.out_rw), (".png",), settings)]
+    background = "alpha" if args.bg is None else "bg"
+    flags = ["radius", background, "beta", "logt", "exact", "full_graph"]
+    flags += ["normalize"] if args.normalize else []
+    scores = settings_of(args, ("network", "amp", "tf32", "compile", *flags))
+    scores |= weights_settings(args.weights, args.seed) | {"cam_dir": digest_maps(args.cam_dir)}
+    settings = scores | settings_of(args, ["crf"])
+    folders = []
+    for name, suffix, decisive in (("out_rw", ".png", settings), ("out_scores", ".npz", scores)):
+        folder = getattr(args, name)
+        devkit.require_output(f"--{name}", folder)
+        if folder:
+            origin = f"infer_aff.py --{name}"
+            folders.append(OutputFolder(origin, Path(folder), (suffix,), decisive))
     if args.trace:
         devkit.require_output("--trace", args.trace)
         origin, suffixes = "infer_aff.py --trace", (".png", ".gif")
@@ -154,12 +192,78 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
         if args.trace_ids:
             raise UsageError("--trace_ids needs --trace, the folder for the pictures.")
         return []
-    if os.path.realpath(args.trace) == os.path.realpath(args.out_rw):
+    if args.out_rw and os.path.realpath(args.trace) == os.path.realpath(args.out_rw):
         raise UsageError("--trace and --out_rw must be different folders: both get <id>.png.")
     unknown = [image_id for image_id in args.trace_ids or [] if image_id not in ids]
     if unknown:
         raise UsageError(f"--trace_ids: {unknown[0]} is not in {args.infer_list}.")
     return args.trace_ids or ids[:1]
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do not go together."""
+    if not (args.out_rw or args.out_scores or args.sweep):
+        raise UsageError("name --out_rw or --out_scores, or --sweep to choose the settings.")
+    if args.out_scores and os.path.realpath(args.out_scores) == os.path.realpath(args.cam_dir):
+        raise UsageError("--out_scores and --cam_dir must be different folders.")
+    if args.sweep and (args.out_rw or args.out_scores or args.trace or args.crf or args.skip_bad):
+        flags = "--out_rw, --out_scores, --trace, --crf and --skip_bad"
+        raise UsageError(f"--sweep scores all images and writes no labels; leave out {flags}.")
+    default = get_args_parser().get_default
+    single = [n for n in ("alpha", "bg", "beta", "logt") if getattr(args, n) != default(n)]
+    if args.sweep and single:
+        raise UsageError(f"--{single[0]}: with --sweep, name a list with --{single[0]}s.")
+    if not args.sweep and (args.json or args.csv or args.plot):
+        raise UsageError("--json, --csv and --plot show the results of --sweep; add --sweep.")
+
+
+def swept_labels(
+    net: nn.Module,
+    sample: AffinitySample,
+    kind: str,
+    backgrounds: Sequence[float],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Iterator[np.ndarray]:
+    """An image's labels for each beta, logt and background of --sweep, in this order."""
+    affinity, maps = affinity_of(net, sample, args, device), sample.maps.to(device)
+    # The walk is linear: all backgrounds and the class maps take it together.
+    seeds = random_walk.walk_seeds(maps, backgrounds, net.stride, kind)
+    steps, tolerance = [2**logt for logt in args.logts], 0 if args.exact else random_walk.TOLERANCE
+    for beta in args.betas:
+        walk = args.radius, beta, args.full_graph
+        transition = random_walk.transition_matrix(*affinity, *walk)
+        for walked in random_walk.propagate_to(seeds, transition, steps, tolerance):
+            upsampled = random_walk.upsample_scores(walked, maps.shape[-2:], net.stride)
+            for background in upsampled[: len(backgrounds)]:
+                scores = torch.cat([background[None], upsampled[len(backgrounds) :]])
+                yield label_of(scores, sample)
+
+
+def sweep(
+    net: nn.Module,
+    dataset: AffinityInferenceSet,
+    run: Run,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Score the labels of all walks of --sweep; print the table, and write the named files."""
+    devkit, num_labels = dataset.devkit, len(dataset.devkit.label_names)
+    kind, values = ("bg", args.bgs) if args.bgs else ("alpha", args.alphas)
+    settings = product(args.betas, args.logts, values)
+    points = [{"beta": beta, "logt": logt, kind: value} for beta, logt, value in settings]
+    counts = np.zeros((len(points), num_labels, num_labels), np.int64)
+    with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
+        for sample in run.each(samples):
+            mask = devkit.load_label(devkit.mask_path(sample.image_id), sample.maps.shape[-2:])
+            labels = swept_labels(net, sample, kind, values, args, device)
+            for count, label in zip(counts, labels, strict=True):
+                count += confusion_matrix(mask, label, num_labels)
+    counts = devices.sum_over_ranks(torch.from_numpy(counts)).numpy()
+    if devices.is_main():
+        result = sweep_figures(points, counts, len(run.todo), devkit.label_names)
+        write_files(args, result, walk_heat_map)
+        print(sweep_table(result))
 
 
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
@@ -175,7 +279,13 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     if not args.skip_bad:
         devkit.require_images(run.todo)
         require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
-    dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir)
+    dataset = AffinityInferenceSet(devkit, run.ids, net.normalize, args.cam_dir, args.normalize)
+    if args.sweep:
+        check_files(args, "infer_list", devkit)
+        masks, hint = devkit.root / "SegmentationClass", "--sweep scores labels against masks"
+        require_files(masks, ids, ".png", hint)
+        sweep(net, dataset, run, args, device)
+        return
     with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
         walks = (make_walk(net, sample, args, device) for sample in run.each(samples))
         while group := list(islice(walks, WALKS_AT_A_TIME[device.type])):
@@ -183,6 +293,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
 
 
 def main(args: argparse.Namespace) -> None:
+    check_flags(args)
     with join_ranks(args.device) as (device, stop):
         infer_list(args, device, stop)
 

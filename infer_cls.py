@@ -5,12 +5,17 @@
         --out_cam CAM --out_la_crf LA --out_ha_crf HA
     python3 infer_cls.py --infer_list voc12/val.txt --voc12_root VOC2012
         --network network.resnet38_cls --weights resnet38_cls.pth --out_cam_pred PRED
+    python3 infer_cls.py --infer_list voc12/train_aug.txt --voc12_root VOC2012
+        --cam_dir SEEDS --out_la_crf LA --out_ha_crf HA     from class maps of any method
 
 Several GPUs of one machine, or of several that share the folders:
     torchrun --nproc_per_node=4 infer_cls.py --infer_list ...
 
 Writes a file <id>.npy (maps) or <id>.png (index image) into each folder that is named. Images whose
 files are all there are skipped, so a command that was killed continues when it is repeated.
+
+With --cam_dir, the present classes are those that have a map; a --label_file that is named leaves
+out those that an image does not have there. docs/seeds.md lists the forms of maps.
 """
 
 import argparse
@@ -31,10 +36,10 @@ from tool.run.devices import StopSignals, Switches, autocast, print_main, to_dev
 from tool.run.errors import UsageError
 from tool.run.inference import Run, join_ranks
 from tool.run.loading import load_each
-from tool.run.provenance import OutputFolder, digest, settings_of, weights_settings
+from tool.run.provenance import OutputFolder, digest, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
-from voc12.datasets import MultiScaleSample, MultiScaleSet
-from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
+from voc12.datasets import AffinityInferenceSet, AffinitySample, MultiScaleSample, MultiScaleSet
+from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
 
 MAP_FOLDERS = ("out_cam", "out_la_crf", "out_ha_crf")
 OUTPUT_FOLDERS = (*MAP_FOLDERS, "out_cam_pred")
@@ -44,7 +49,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     cli.add_network_argument(parser, cli.classifier, default="network.vgg16_cls")
-    cli.add_inference_arguments(parser)
+    cli.add_inference_arguments(parser, weights_required=False)
+    text = "class maps of any method, in place of --weights; --network, --scales ... do nothing"
+    add("--cam_dir", metavar="DIR", help=text)
+    cli.add_normalize_argument(parser)
     add_devkit_arguments(parser)
     add("--low_alpha", type=cli.positive, default=4, help="background exponent of --out_la_crf")
     add("--high_alpha", type=cli.positive, default=32, help="background exponent of --out_ha_crf")
@@ -62,24 +70,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_output_folders(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError if no folder is named, or one twice for files of the same name."""
+    if bool(args.weights) == bool(args.cam_dir):
+        raise UsageError("name either --weights of the network, or --cam_dir with class maps.")
+    if args.normalize and not args.cam_dir:
+        raise UsageError("--normalize scales the class maps of --cam_dir; name their folder.")
     named = [name for name in OUTPUT_FOLDERS if getattr(args, name)]
     if not named:
         raise UsageError(f"name at least one of {', '.join(f'--{n}' for n in OUTPUT_FOLDERS)}.")
-    paths = [os.path.realpath(getattr(args, name)) for name in named if name in MAP_FOLDERS]
-    if len(set(paths)) < len(paths):
+    paths = [getattr(args, name) for name in ("cam_dir", *MAP_FOLDERS) if getattr(args, name)]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise UsageError(
-            "--out_cam, --out_la_crf and --out_ha_crf must be different folders: "
+            "--out_cam, --out_la_crf, --out_ha_crf and --cam_dir must be different folders: "
             "their files have the same names."
         )
 
 
+def source_settings(args: argparse.Namespace) -> dict[str, str]:
+    """What decides the class maps: the network, or the files of --cam_dir."""
+    if not args.cam_dir:
+        settings = settings_of(args, ("network", "amp", "tf32", "compile", "scales"))
+        return settings | weights_settings(args.weights, args.seed)
+    labels = Path(args.label_file).read_bytes() if args.label_file else b""
+    settings = {"cam_dir": digest_maps(args.cam_dir), "label_file": digest(labels)}
+    return settings | settings_of(args, ["normalize"])
+
+
 def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolder]:
     """The folders that were named, with what decides their content."""
-    pictures = settings_of(args, ("network", "amp", "tf32", "compile", "scales"))
-    pictures |= weights_settings(args.weights, args.seed)
-    pictures |= {"classes": digest(*devkit.class_names)}
+    pictures = source_settings(args) | {"classes": digest(*devkit.class_names)}
     maps = pictures | settings_of(args, ("out_format", "out_dtype"))
     settings = {
         "out_cam": maps,
@@ -98,7 +118,7 @@ def output_folders(args: argparse.Namespace, devkit: Devkit) -> list[OutputFolde
 
 
 def write_outputs(
-    sample: MultiScaleSample,
+    sample: MultiScaleSample | AffinitySample,
     classes: Sequence[int],
     maps: np.ndarray,
     args: argparse.Namespace,
@@ -140,23 +160,36 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     ids = read_ids(args.infer_list)
-    net = args.network.Net(num_classes=len(devkit.class_names))
-    load_for_inference(net, args.weights, print_main)
-    to_device(net, device, Switches(args.amp, args.tf32, args.compile), "forward_cam").eval()
+    if not args.cam_dir:
+        net = args.network.Net(num_classes=len(devkit.class_names))
+        load_for_inference(net, args.weights, print_main)
+        switches = Switches(args.amp, args.tf32, args.compile)
+        to_device(net, device, switches, "forward_cam").eval()
     folders = output_folders(args, devkit)
     run = Run("infer_cls", ids, folders, stop, args.overwrite, args.skip_bad)
     if not args.skip_bad:
-        print_main(devkit.require_labelled_images(run.todo))
-    dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales)
+        devkit.require_images(run.todo)
+        if args.cam_dir:
+            require_files(args.cam_dir, run.todo, ".npy", "--cam_dir needs maps of all images")
+        if args.label_file or not args.cam_dir:
+            print_main(devkit.require_labelled_images(run.todo))
+    if args.cam_dir:  # no network, hence no normalization of its images
+        maps = args.cam_dir, args.normalize, args.label_file is not None
+        dataset = AffinityInferenceSet(devkit, run.ids, np.asarray, *maps)
+    else:
+        dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales)
     pinned = device.type == "cuda"
     with run, load_each(dataset, args.num_workers, pinned) as samples:
         for sample in run.each(samples):
-            classes, maps = infer_image(net, sample, device, args.amp)
+            if args.cam_dir:
+                classes, maps = sample.classes, sample.maps.numpy()
+            else:
+                classes, maps = infer_image(net, sample, device, args.amp)
             write_outputs(sample, classes, maps, args, device)
 
 
 def main(args: argparse.Namespace) -> None:
-    check_output_folders(args)
+    check_flags(args)
     with join_ranks(args.device) as (device, stop):
         infer_list(args, device, stop)
 

@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from helpers import noise_image, working_directory, write_annotation, write_image, write_mask
 from PIL import Image
 
@@ -115,6 +116,48 @@ def test_label_file_comes_first_and_annotations_fill_in(devkit, tmp_path):
     devkit = Devkit(devkit.root, CLASSES, tmp_path / "labels.npy")
     assert devkit.image_label("a").tolist() == [0, 1, 0]
     assert devkit.image_label("b").tolist() == [0, 0, 1]
+
+
+TABLES = {
+    "names": "a,crack;moss\n2007000032,rust\nc,\n",
+    "names in columns": "# mine\na, moss ,crack\n2007000032,rust,\nc,,\n",
+    "columns": "id,moss,rust,crack\na,1,0,1\n2007000032,0,1,0\nc,0,0,0\n",
+    "part of the columns": "\ufeffimage,rust,crack,moss,wombat\r\na,0,1,1,0\r\n"
+    "2007000032,1,0,0,0\r\nc,0,0,0,0\r\n",
+}
+
+
+@pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
+def test_labels_of_a_table(text, devkit, tmp_path):
+    (tmp_path / "labels.CSV").write_text(text, "utf-8", newline="")
+    labelled = Devkit(devkit.root, CLASSES, tmp_path / "labels.CSV")
+    expected = {"a": [1, 0, 1], "2007_000032": [0, 1, 0], "c": [0, 0, 0]}
+    for image_id, label in expected.items():
+        assert labelled.image_label(image_id).tolist() == label
+        assert labelled.image_label(image_id).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,crack;wombat", "'wombat', of 'a', is not a known class; see --classes"),
+        ("id,crack,rust\na,1,2", "'1', of 'a', is not a known class"),
+        ("a;crack", "a line without a comma"),
+        ('a,"crack\0', "labels.csv"),
+    ],
+)
+def test_tables_that_are_no_labels(text, words, devkit, tmp_path):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        Devkit(devkit.root, CLASSES, tmp_path / "labels.csv")
+
+
+def test_labels_of_other_repositories(devkit, tmp_path):
+    path = tmp_path / "cls_labels_onehot.npy"
+    np.save(path, {2007000032: np.array([1, 0, 1]), "2008_000001": torch.tensor([0.0, 1, 0])})
+    labelled = Devkit(devkit.root, CLASSES, path)
+    assert labelled.image_label("2007_000032").tolist() == [1, 0, 1]
+    assert labelled.image_label("2008_000001").tolist() == [0, 1, 0]
 
 
 def test_default_label_file_may_be_absent_another_may_not(devkit, tmp_path):

@@ -206,6 +206,18 @@ def test_training_takes_train_aug_where_there_is_one(tmp_path, plan):
     assert of(plan(VGG), "train_cls")[0].train_list == "out/lists/train_aug.txt"
 
 
+def test_maps_of_others_take_the_place_of_stage_1(plan):
+    commands = plan(f"{VGG} --cam_dir seeds --infer_cls_args '--label_file L'")
+    assert names(commands) == [name for name in ORDER if name != "train_cls"]
+    maps, val_maps = of(commands, "infer_cls")
+    for args in (maps, val_maps):
+        assert (args.cam_dir, args.weights, args.label_file) == ("seeds", None, "L")
+    assert {args.cam_dir for args in of(commands, "infer_aff")} == {maps.out_cam}
+    assert plan.out.count("| - | - |") == 6  # the published figures are of other maps
+    (aff,) = of(plan("tiny --weights none --cam_dir seeds"), "train_aff")
+    assert aff.weights == "none"
+
+
 def test_from_replaces_a_stage_and_all_later_ones(tmp_path, plan):
     out = tmp_path / "out"
     (out / "cam").mkdir()

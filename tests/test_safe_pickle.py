@@ -1,5 +1,6 @@
 """Pickles: data and arrays come back exactly, and whatever else a file wants is refused."""
 
+import io
 import os
 import pickle
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +62,17 @@ def test_numbers_of_numpy_and_arrays_of_objects_come_back(protocol):
     assert type(found["a"]) is np.float64
     assert found["a"] == 1.5
     assert found[3].tolist() == [None, "text", 2]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+def test_tensors_come_back_as_arrays(dtype, protocol):
+    whole = torch.arange(24).view(2, 3, 4).to(dtype)
+    for tensor in (whole, whole[1:, :, ::2], whole.permute(2, 0, 1), whole[:0], whole[1, 1, 1]):
+        found = read_pickle(pickle.dumps({"keys": tensor}, protocol))["keys"]
+        assert isinstance(found, np.ndarray)
+        assert torch.equal(torch.from_numpy(found.copy()), tensor)
+        assert found.dtype == tensor.numpy().dtype
 
 
 def test_bytes_of_python_2_are_text_or_an_arrays_content():
@@ -136,6 +149,34 @@ FORGED_ARRAYS = {
     "type of a size beyond any address": _array((0,), Calls(np.dtype, "S999999999"), b"A"),
     "pointer as a number": Calls(np.float64(1).__reduce__()[0], _OBJECT, b"A" * 8),
 }
+_TENSOR, _TENSOR_ARGUMENTS = torch.ones(3).__reduce_ex__(2)
+_STORAGE = _TENSOR_ARGUMENTS[0]
+FORGED_TENSORS = {
+    "beyond the storage": (_STORAGE, 2, (3,), (1,), False, {}),
+    "negative offset": (_STORAGE, -1, (1,), (1,), False, {}),
+    "negative stride": (_STORAGE, 2, (2,), (-1,), False, {}),
+    "expanded": (_STORAGE, 0, (2**20, 2**20), (0, 0), False, {}),
+    "no storage": ({"a": 1}, 0, (1,), (1,), False, {}),
+}
+
+
+@pytest.mark.parametrize("arguments", FORGED_TENSORS.values(), ids=FORGED_TENSORS)
+def test_forged_tensor_is_an_error(arguments):
+    with pytest.raises((ValueError, RuntimeError, AttributeError)):
+        read_pickle(pickle.dumps(Calls(_TENSOR, *arguments), 3))
+
+
+def test_a_tensors_stream_is_not_executed(tmp_path):
+    call = Calls(os.mkdir, str(tmp_path / "executed"))
+    streams = [pickle.dumps(call, 2), io.BytesIO()]
+    torch.save(call, streams[1])
+    for stream in (streams[0], streams[1].getvalue()):
+        data = pickle.dumps(Calls(torch.storage._load_from_bytes, stream), 3)
+        with pytest.raises(Exception, match=r"(?i)weights|unsupported|global"):
+            read_pickle(data)
+    assert not list(tmp_path.iterdir())
+
+
 READ = """
 import sys
 from tool.safe_pickle import read_pickle

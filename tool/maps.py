@@ -3,7 +3,8 @@
 *Maps* are what the stages pass on: a dict ``{class index: float32 H x W}``, one file per image, in
 one of two forms. ``.npy`` is the field's: NumPy stores a dict as a pickle (see
 ``tool.safe_pickle``). ``.npz`` is a compressed archive of arrays named by class. Wherever
-``<id>.npy`` is expected, an ``<id>.npz`` may take its place.
+``<id>.npy`` is expected, an ``<id>.npz`` may take its place. Class maps are also read in the forms
+of ``tool.seeds``.
 
 An *index image* is a uint8 H x W array of class indices, stored as a palette PNG.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tool import seeds
 from tool.files import atomic_write
 from tool.labels import VOID, voc_palette
 from tool.run.errors import DataError, reason
@@ -66,11 +68,14 @@ def _read_npy(path: Path) -> dict:
     return {k: np.asarray(v) if isinstance(v, np.ndarray) else v for k, v in content.items()}
 
 
-def _read_npz(path: Path) -> dict[int, np.ndarray | bytes]:
+def _read_npz(path: Path) -> dict[int | str, np.ndarray | bytes]:
     with np.load(path, allow_pickle=False) as archive:
+        if "keys" in archive.files:  # stacked maps
+            return dict(archive)
         for name in archive.files:
             if not name.isdecimal() or str(int(name)) != name:
-                raise ValueError(f"{name[:20]!r} is not named by a class index")
+                problem = f"{name[:20]!r} is not named by a class index"
+                raise ValueError(f"{problem}; its arrays are {seeds.listed(archive)}")
         return {int(name): archive[name] for name in archive.files}
 
 
@@ -109,20 +114,41 @@ def load_maps(path: str | os.PathLike, size: tuple[int, int] | None = None) -> d
     Raises DataError if the file cannot be read, holds no maps, or their (H, W) is not ``size``.
     """
     path = maps_file(path)
+    maps = _checked_maps(path, load_npy_dict(path))
+    _require_one_size(path, maps, size)
+    return maps
+
+
+def _checked_maps(path: Path, content: Mapping) -> dict:
+    """A file's content as maps {class index: finite float32 array of two dimensions}, sorted."""
     maps: dict[int, np.ndarray] = {}
-    for key, value in load_npy_dict(path).items():
+    for key, value in content.items():
         if isinstance(key, bool) or not isinstance(key, int | np.integer) or key < 0:
-            raise DataError(f"{path}: {key!r} is not a class index; maps are keyed by class.")
+            problem = f"{key!r} is not a class index; maps are keyed by class"
+            raise DataError(f"{path}: {problem} (its keys: {seeds.listed(content)}).")
         if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
             raise DataError(f"{path}: map of class {key} is not a two-dimensional number array.")
         maps[int(key)] = value.astype(np.float32, copy=False)
         if not np.isfinite(maps[int(key)]).all():
             raise DataError(f"{path}: the map of class {key} has values that are not finite.")
+    return dict(sorted(maps.items()))
+
+
+class SizeError(DataError):
+    """Maps differ in size from each other, or from their image; ``size`` is the first one's."""
+
+    def __init__(self, message: str, size: tuple[int, int]):
+        super().__init__(message)
+        self.size = size
+
+
+def _require_one_size(path: Path, maps: Mapping, size: tuple[int, int] | None) -> None:
+    """Raise DataError if maps differ in (H, W), or from the image's, if that is known."""
     shapes = {value.shape for value in maps.values()} | ({tuple(size)} if size else set())
     if len(shapes) > 1:
         sizes = " and ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
-        raise DataError(f"{path}: maps and image differ in size ({sizes}); make the maps again.")
-    return dict(sorted(maps.items()))
+        problem = f"maps and image differ in size ({sizes}); make the maps again"
+        raise SizeError(f"{path}: {problem}.", next(iter(maps.values())).shape)
 
 
 def stack_maps(maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -137,8 +163,8 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
     """
     low_path, high_path = maps_file(low_path), maps_file(high_path)
     low, high = load_maps(low_path, size), load_maps(high_path, size)
-    require_scores(low_path, low)
-    require_scores(high_path, high)
+    for path, maps in ((low_path, low), (high_path, high)):
+        _require_scores(path, maps, "make the maps again with infer_cls.py")
     if low.keys() != high.keys() or 0 not in low:
         problem = f"need background (0) and the same classes, not {sorted(low)} and {sorted(high)}"
         way = "name the folders of infer_cls.py's --out_la_crf and --out_ha_crf"
@@ -150,13 +176,25 @@ def load_crf_scores(low_path: Path, high_path: Path, size: tuple[int, int]) -> t
     return low, high
 
 
-def load_cams(path: str | os.PathLike, size: tuple[int, int] | None, num_classes: int) -> dict:
-    """Class activation maps {class: float32 H x W} of an image of the given (H, W), if it is given.
+def load_cams(
+    path: str | os.PathLike,
+    size: tuple[int, int],
+    num_classes: int,
+    normalization: str | None = None,
+) -> dict:
+    """Class maps {class: float32 H x W in 0..1} of an image of the given (H, W), from any form.
 
-    Raises DataError as ``load_maps`` does, for CRF scores, and for a class that does not exist.
+    Maps of a smaller size are resized, and then scaled by a ``normalization`` of ``tool.seeds``.
+    Raises DataError as ``load_maps`` does, for CRF scores, for a class that does not exist, and for
+    values outside 0..1.
     """
     path = maps_file(path)
-    maps = load_maps(path, size)
+    try:
+        content = seeds.by_class(load_npy_dict(path))
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; docs/seeds.md lists the forms.") from error
+    maps = {k: seeds.resize(v, size) for k, v in _checked_maps(path, content).items()}
+    _require_one_size(path, maps, size)
     # A single map of ones is the background of an image without objects, or a class all over it.
     several = 0 in maps and len(maps) > 1
     if several and np.allclose(sum(maps.values()), 1, atol=PROBABILITY_TOLERANCE):
@@ -165,16 +203,19 @@ def load_cams(path: str | os.PathLike, size: tuple[int, int] | None, num_classes
     if maps and max(maps) >= num_classes:
         problem = f"has a map of class {max(maps)}, but classes are 0 to {num_classes - 1}"
         raise DataError(f"{path}: {problem}; see --classes.")
+    if normalization:
+        maps = {k: seeds.normalize(values, normalization) for k, values in maps.items()}
+    _require_scores(path, maps, "a background (--alpha, --bg) needs --normalize max or minmax")
     return maps
 
 
-def require_scores(path: str | os.PathLike, maps: Mapping[int, np.ndarray]) -> None:
-    """Raise DataError if a map of this file has values that are not in 0..1."""
+def _require_scores(path: Path, maps: Mapping[int, np.ndarray], way: str) -> None:
+    """Raise DataError, with a way out, if a map of this file has values that are not in 0..1."""
     for key, values in maps.items():
         low, high = values.min(), values.max()
         if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE:
             problem = f"class {key} has scores from {low:g} to {high:g}, not in 0..1"
-            raise DataError(f"{path}: {problem}; make the maps again with infer_cls.py.")
+            raise DataError(f"{path}: {problem}; {way}.")
 
 
 def save_index_png(path: str | os.PathLike, label: np.ndarray) -> None:

@@ -6,6 +6,7 @@
     ... --train_cls_args "--batch_size 8"    change a stage's settings
     ... --from train_aff                     remove what this and all later stages made, run them
     ... --stages infer_aff evaluate          run these stages only
+    ... --cam_dir SEEDS                      class maps of any method in place of stage 1
 
 The stages are prepare, train_cls, infer_cls, train_aff, infer_aff, train_seg, infer_seg and
 evaluate. To continue after
@@ -16,7 +17,7 @@ a change of settings, name the first stage that it concerns by --from.
 rw, rw_crf (refined by the dense CRF, the segmenter's labels) and seg; the scores cam_train.json,
 ..., and our mIoU beside the published one in results.md and results.json. Training takes train_aug,
 or train where the devkit has no augmented masks. Labels are scored on train and val, the segmenter
-on val.
+on val. --cam_dir needs maps of all these images; see docs/seeds.md.
 """
 
 import argparse
@@ -153,6 +154,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aff_weights", help="those of AffinityNet (default: --weights; for none, the classifier)")
     add("--out_dir", required=True, help="folder for all outputs")
     add("--list_dir", help="id lists made before by voc12.prepare (default: made in --out_dir)")
+    add("--cam_dir", metavar="DIR", help="class maps of any method: no classifier is trained")
     add("--classes", metavar="FILE", help="class names of another data set, one a line")
     for program in PROGRAMS:
         text = f"further flags of {program}.py; they override the network's recipe"
@@ -168,6 +170,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def templates(args: argparse.Namespace) -> list[str]:
+    """The stages' commands; with --cam_dir, its maps take the place of stage 1."""
+    if not args.cam_dir:
+        return list(COMMANDS)
+    weights, labels = "--weights {out}/cls.pth", "--label_file {labels} "
+    kept = (line for line in COMMANDS if not line.startswith("train_cls"))
+    return [line.replace(weights, "--cam_dir {cam_dir}").replace(labels, "") for line in kept]
+
+
 def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """What the command line asks for, as (stage, words): the command is ``python3 <words>``."""
     first = STAGES.index(args.first_stage) if args.first_stage else 0
@@ -176,7 +187,7 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     lists = Path(args.list_dir or out / "lists")
     train, augmented = lists / "train.txt", lists / "train_aug.txt"
     is_made = not args.list_dir and Path(args.voc12_root, "SegmentationClassAug").is_dir()
-    aff_default = out / "cls.pth" if args.weights == FRESH else args.weights
+    aff_default = out / "cls.pth" if args.weights == FRESH and not args.cam_dir else args.weights
     paths = {
         "out": out,
         "lists": lists,
@@ -185,13 +196,14 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         "labels": lists / "cls_labels.npy",
         "train_list": augmented if is_made or augmented.exists() else train,
         "weights": args.weights,
+        "cam_dir": args.cam_dir,
         "aff_weights": args.aff_weights or aff_default,
         "seg_weights": aff_default,
     }
     data = ["--voc12_root", args.voc12_root, *(["--classes", args.classes] if args.classes else [])]
     workers = ["--num_workers", str(args.num_workers)]
     chosen = []
-    for command in COMMANDS:
+    for command in templates(args):
         stage, *flags = (word.format(**paths) for word in command.split())
         if stage in PROGRAMS:
             file = os.path.relpath(REPOSITORY / f"{stage}.py")
@@ -239,7 +251,7 @@ def require_flags(args: argparse.Namespace, words_of: dict[str, list[str]]) -> N
         if not own:
             continue
         fixed = own & {
-            word for command in COMMANDS if command.startswith(stage) for word in command.split()
+            word for line in templates(args) if line.startswith(stage) for word in line.split()
         }
         if fixed:
             raise UsageError(f"--{stage}_args: the pipeline itself sets {min(fixed)}.")
@@ -296,7 +308,7 @@ def run(stage: str, words: list[str]) -> None:
 
 def results(args: argparse.Namespace) -> tuple[dict, str]:
     """What results.json and results.md hold; raises OSError if a split was not evaluated."""
-    theirs = {} if args.classes else PUBLISHED.get(args.network, {})
+    theirs = {} if args.classes or args.cam_dir else PUBLISHED.get(args.network, {})
     scores: dict[str, dict] = {key: {} for key in SCORED}
     lines = [
         f"mIoU in per cent, {args.network}.\n",

@@ -11,6 +11,7 @@ over 256 steps to a few 1e-5, also in the dense form; float64 is no slower here.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def propagate_together(
     vectors = [F.pad(maps.flatten(1).t(), (0, columns - len(maps))) for maps in map_sets]
     # A step replaces each cell by a weighted mean: the rows of the transpose sum to one.
     averaging = _block_diagonal(transitions).t()
-    walked = _power(averaging, torch.cat(vectors).to(averaging.dtype), steps, tolerance)
+    (walked,) = _powers(averaging, torch.cat(vectors).to(averaging.dtype), [steps], tolerance)
     parts = walked.split([len(part) for part in vectors])
     return [
         part[:, : len(maps)].t().reshape(maps.shape)
@@ -147,24 +148,37 @@ def _block_diagonal(matrices: list[Tensor]) -> Tensor:
     return _square_csc(torch.cat(ends), torch.cat(rows), torch.cat(entries))
 
 
-def _power(matrix: Tensor, vectors: Tensor, steps: int, tolerance: float) -> Tensor:
-    """matrix^steps @ vectors, N x K."""
+def propagate_to(
+    maps: Tensor, transition: Tensor, step_counts: Sequence[int], tolerance: float = TOLERANCE
+) -> list[Tensor]:
+    """``propagate`` for each number of steps, from the products that the largest one takes."""
+    vectors = maps.flatten(1).t().to(transition.dtype)
+    walked = _powers(transition.t(), vectors, step_counts, tolerance)
+    return [scores.t().reshape(maps.shape) for scores in walked]
+
+
+def _powers(
+    matrix: Tensor, vectors: Tensor, exponents: Sequence[int], tolerance: float
+) -> list[Tensor]:
+    """matrix^n @ vectors, N x K, for each exponent n."""
     if tolerance == 0:
-        for _ in range(steps):
+        results = {0: vectors}
+        for steps in range(max(exponents)):
             vectors = matrix @ vectors
-        return vectors
-    coefficients = chebyshev_coefficients(steps, tolerance)
-    result = coefficients[0] * vectors
-    if len(coefficients) == 1:
-        return result
+            if steps + 1 in exponents:
+                results[steps + 1] = vectors
+        return [results[steps] for steps in exponents]
+    series = [chebyshev_coefficients(steps, tolerance) for steps in exponents]
+    results = [coefficients[0] * vectors for coefficients in series]
     # T_0(x) = 1, T_1(x) = x, T_(k+1)(x) = 2 x T_k(x) - T_(k-1)(x)
     previous, current = vectors, matrix @ vectors
-    result += coefficients[1] * current
-    for coefficient in coefficients[2:]:
-        previous, current = current, torch.addmm(previous, matrix, current, beta=-1, alpha=2)
-        if coefficient:
-            result.add_(current, alpha=coefficient)
-    return result
+    for degree in range(1, max(map(len, series))):
+        if degree > 1:
+            previous, current = current, torch.addmm(previous, matrix, current, beta=-1, alpha=2)
+        for result, coefficients in zip(results, series, strict=True):
+            if degree < len(coefficients) and coefficients[degree]:
+                result.add_(current, alpha=coefficients[degree])
+    return results
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -175,20 +189,25 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 def walk_trace(seeds: Tensor, transition: Tensor, logt: int) -> dict[int, Tensor]:
     """{steps: scores, of the seeds' shape K x h x w} after 0, 1, 2, 4, ... 2^logt steps."""
-    scores = propagate(seeds, transition, 1)
-    trace = {0: seeds, 1: scores}
-    for power in range(logt):
-        scores = propagate(scores, transition, 2**power)  # doubles the number of steps
-        trace[2 ** (power + 1)] = scores
-    return trace
+    counts = [2**power for power in range(logt + 1)]
+    return {0: seeds} | dict(zip(counts, propagate_to(seeds, transition, counts), strict=True))
 
 
-def walk_seeds(maps: Tensor, alpha: float, stride: int) -> Tensor:
-    """The walk's initial scores: the background and the class maps, pooled to the feature grid.
+def walk_seeds(
+    maps: Tensor, background: float | Sequence[float], stride: int, kind: str = "alpha"
+) -> Tensor:
+    """The walk's initial scores: backgrounds and class maps, pooled to the feature grid.
 
-    ``maps`` is K x H x W; returns (K + 1) x ceil(H/stride) x ceil(W/stride), the background first.
+    ``background`` is eq. (2)'s exponent, or with the ``kind`` "bg" a constant score; several give a
+    map each, for walks that go together. ``maps`` is K x H x W; returns (backgrounds + K) x
+    ceil(H/stride) x ceil(W/stride), the backgrounds first.
     """
-    scores = torch.cat([background_map(maps, alpha)[None], maps])
+    values = np.atleast_1d(background).tolist()
+    if kind == "bg":
+        backgrounds = [maps.new_full(maps.shape[1:], value) for value in values]
+    else:
+        backgrounds = [background_map(maps, value) for value in values]
+    scores = torch.cat([torch.stack(backgrounds), maps])
     # The background map is padded with zeros, too (released code).
     return F.avg_pool2d(pad_to_multiple(scores, stride)[None], stride)[0]
 

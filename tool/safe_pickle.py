@@ -1,9 +1,10 @@
-"""Reads pickles of plain data and NumPy arrays; no code from the file runs.
+"""Reads pickles of plain data, NumPy arrays and torch tensors; no code from the file runs.
 
 A pickle is a program for a small stack machine: it may import any module and call any function.
 This reader is the standard library's unpickler in its Python form, with most of its operations
-taken away, and with stand-ins for the few names that NumPy 1 and 2 write. (The C form cannot check
-what becomes a dict's key, and reserves memory for whatever length or index a file states.)
+taken away, and with stand-ins for the few names that NumPy 1 and 2 and torch write. (The C form
+cannot check what becomes a dict's key, and reserves memory for whatever length or index a file
+states.)
 """
 
 import io
@@ -15,6 +16,7 @@ import struct
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from tool.run.errors import printable
 
@@ -31,8 +33,9 @@ OPERATIONS = """
 def read_pickle(data: bytes) -> Any:
     """The value of the pickle with which the bytes begin; arrays are of a subclass of ndarray.
 
-    Raises ValueError, or what NumPy raises, if it names anything but NumPy's arrays, numbers and
-    types, has an operation that data does not need, or is damaged.
+    A tensor becomes an array, too. Raises ValueError, or what NumPy or torch raises, if it names
+    anything but arrays, tensors, numbers and their types, has an operation that data does not need,
+    or is damaged.
     """
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
@@ -84,6 +87,20 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _tensor_storage(stream: bytes) -> torch.TypedStorage:
+    """What holds a tensor's numbers; the pickle has it as a stream of ``torch.save``."""
+    return torch.load(io.BytesIO(stream), map_location="cpu", weights_only=True)
+
+
+def _array_of_tensor(
+    storage: torch.TypedStorage, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> np.ndarray:
+    numbers = torch.empty(0, dtype=storage.dtype).set_(storage)
+    if math.prod(shape) > len(numbers):  # an expanded tensor: a few bytes of any size
+        raise ValueError("it has a tensor whose shape and content do not fit")
+    return numbers.as_strided(shape, strides, offset).numpy()  # checks the bounds
+
+
 class _Dict(dict):
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, tuple):  # hashing recurses in C without a limit
@@ -98,6 +115,9 @@ NAMES: dict[str, Any] = {
     # Bytes under protocol 2; the second where there are none.
     "_codecs.encode": _encode_latin1,
     "__builtin__.bytes": lambda: b"",
+    "torch._utils._rebuild_tensor_v2": _array_of_tensor,
+    "torch.storage._load_from_bytes": _tensor_storage,
+    "collections.OrderedDict": lambda: _Dict(),  # a tensor's hooks
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     NAMES[f"{_core}.multiarray._reconstruct"] = lambda *_: _Array(0)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tool import transforms
 from tool.affinity import affinity_label
 from tool.labels import VOID
-from tool.maps import load_cams, load_crf_scores, maps_file, require_scores, stack_maps
+from tool.maps import load_cams, load_crf_scores, stack_maps
 from voc12.devkit import Devkit, load_photograph
 
 
@@ -196,7 +196,7 @@ class PhotographSet(Dataset):
 
 
 class AffinitySample(NamedTuple):
-    """One image for the random walk."""
+    """One image with its class maps, for the random walk or the CRF."""
 
     image_id: str
     photograph: np.ndarray  # uint8 H x W x 3 RGB
@@ -207,17 +207,21 @@ class AffinitySample(NamedTuple):
 
 @dataclass
 class AffinityInferenceSet(_ImageSet):
-    """Whole images with the class maps of stage 2: ``AffinitySample``."""
+    """Whole images with their class maps: ``AffinitySample``."""
 
     cam_dir: str | os.PathLike
+    normalization: str | None = None  # of tool.seeds
+    by_label: bool = False  # leave out classes that the image-level label does not have
 
     def __getitem__(self, index: int) -> AffinitySample:
         image_id = self.ids[index]
         photograph = np.array(self.devkit.load_image(image_id))
-        size = photograph.shape[:2]
-        path = maps_file(Path(self.cam_dir, f"{image_id}.npy"))
-        maps = load_cams(path, size, len(self.devkit.class_names))
-        require_scores(path, maps)
+        size, num_classes = photograph.shape[:2], len(self.devkit.class_names)
+        path = Path(self.cam_dir, f"{image_id}.npy")
+        maps = load_cams(path, size, num_classes, self.normalization)
+        if self.by_label:
+            label = self.devkit.image_label(image_id)
+            maps = {k: values for k, values in maps.items() if label[k]}
         image = torch.from_numpy(transforms.to_chw(self.normalize(photograph)))
         stacked = torch.from_numpy(stack_maps(maps, size))
         return AffinitySample(image_id, photograph, image, list(maps), stacked)

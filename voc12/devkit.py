@@ -7,9 +7,11 @@ any stage: maps, predictions and masks lie on the pixels as they are stored.
 
 import argparse
 import contextlib
+import csv
 import os
 import re
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
 
@@ -94,6 +96,44 @@ def read_ids(path: str | os.PathLike) -> list[str]:
     return ids
 
 
+def read_labels(path: str | os.PathLike, class_names: Sequence[str]) -> dict:
+    """The image-level labels by id of a ``.csv`` table, or of an ``.npy`` dict.
+
+    Other repositories write the id 2007_000032 as the integer 2007000032: it is found as well.
+    """
+    is_table = Path(path).suffix.lower() == ".csv"
+    labels = read_label_table(path, class_names) if is_table else load_npy_dict(path)
+    if not all(isinstance(key, str) or re.fullmatch(r"\d{10}", str(key)) for key in labels):
+        raise DataError(f"{path}: its keys are not image ids; see voc12.prepare.")
+    by_voc_id = {re.sub(r"^(\d{4})(\d{6})$", r"\1_\2", str(key)): labels[key] for key in labels}
+    return by_voc_id | labels
+
+
+def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The labels {image id: float32 [classes]} of a ``.csv`` table, whose first column is the id.
+
+    The second holds the names of the image's classes, separated by ``;``. Or the first line names a
+    class for each further column, and the other lines hold 0 or 1 there.
+    """
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
+    except csv.Error as error:
+        raise DataError(f"{path}: not a readable table ({error}).") from error
+    if any(len(row) < 2 for row in rows):
+        raise DataError(f"{path}: has a line without a comma; write id,class;class.")
+    if rows[1:] and all({*row[1:]} <= {"0", "1"} for row in rows[1:]):
+        rows = [[row[0], *compress(rows[0][1:], map(int, row[1:]))] for row in rows[1:]]
+    labels = {}
+    for image_id, *cells in rows:
+        names = {name.strip() for name in ";".join(cells).split(";")} - {""}
+        unknown = sorted(names.difference(class_names))
+        if unknown:
+            problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
+            raise DataError(f"{path}: {problem}; see --classes.")
+        labels[image_id] = np.array([name in names for name in class_names], np.float32)
+    return labels
+
+
 def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
     """Raise DataError, naming the source, if a name cannot be an image id.
 
@@ -113,13 +153,14 @@ def add_devkit_arguments(
     add("--voc12_root", required=required, help=text)
     add("--classes", metavar="FILE", help="class names, one a line, by label (default: VOC's)")
     if labels:
-        labels_help = "image-level labels of voc12.prepare; other ids' are read from annotations"
-        add("--label_file", default=LABEL_FILE, help=labels_help)
+        text = "image-level labels, .npy or .csv; other ids' are read from annotations"
+        add("--label_file", help=f"{text} (default: {LABEL_FILE}, if it is there)")
 
 
 def open_devkit(args: argparse.Namespace) -> "Devkit":
     """The devkit that a program's flags name."""
-    return Devkit(args.voc12_root, class_names_of(args), getattr(args, "label_file", None))
+    label_file = (args.label_file or LABEL_FILE) if "label_file" in args else None
+    return Devkit(args.voc12_root, class_names_of(args), label_file)
 
 
 def class_names_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -150,9 +191,7 @@ class Devkit:
             )
         self._labels: dict = {}
         if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
-            self._labels = load_npy_dict(label_file)
-            if not all(isinstance(key, str) for key in self._labels):
-                raise DataError(f"{label_file}: its keys are not image ids; see voc12.prepare.")
+            self._labels = read_labels(label_file, self.class_names)
 
     def image_path(self, image_id: str) -> Path:
         """The photograph, by the first of IMAGE_SUFFIXES that is there; without one, <id>.jpg."""

@@ -38,7 +38,7 @@ from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
 from tool.crf import background_and_maps, dense_crf
 from tool.files import atomic_write, write_json
 from tool.labels import index_image
-from tool.maps import load_cams, load_index_png, maps_file, stack_maps
+from tool.maps import SizeError, load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
 from tool.run.errors import DataError, UsageError
 from tool.run.loading import load
@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--list", required=True, help="images to score")
     scored = parser.add_mutually_exclusive_group(required=True).add_argument
     scored("--pred", metavar="DIR", help="index images <id>.png, palette or gray")
-    scored("--cam", metavar="DIR", help="maps <id>.npy, scored with a background")
+    scored("--cam", metavar="DIR", help="class maps <id>.npy, scored with a background")
     add("--gt", metavar="DIR", help="masks <id>.png (default: the devkit's SegmentationClass)")
     background = parser.add_mutually_exclusive_group().add_argument
     background("--bg", type=cli.number(float, 0, 1), help="constant background (default: 0.2)")
@@ -65,13 +65,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     background("--sweep", choices=sorted(SWEEPS), help="score at every threshold")
     add("--crf", action="store_true", help="score --cam after a dense CRF (0.3 s an image)")
     cli.add_crf_argument(parser)
+    cli.add_normalize_argument(parser)
     add("--allow_missing", action="store_true", help="score what exists and count what is missing")
-    add("--json", metavar="FILE", help="also write the figures to this file")
-    add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
-    add("--plot", metavar="FILE.png", help="draw the --sweep to this file")
+    add_figure_files(parser)
     workers, workers_help = cli.default_num_workers(), "processes that count; 0: the program itself"
     add("--num_workers", type=cli.number(int, 0), default=workers, help=workers_help)
     return parser
+
+
+def add_figure_files(parser: argparse.ArgumentParser) -> None:
+    """``--json``, ``--csv`` and ``--plot`` of a program with ``--sweep``."""
+    add = parser.add_argument
+    add("--json", metavar="FILE", help="also write the figures to this file")
+    add("--csv", metavar="FILE", help="write the --sweep to this file as a table")
+    add("--plot", metavar="FILE.png", help="draw the --sweep to this file")
 
 
 def winning_score(kind: str, value: float) -> np.float32:
@@ -99,6 +106,7 @@ class Scorer:
     devkit: Devkit
     masks: Path  # folder of <id>.png
     scored: Path  # folder of <id>.png or <id>.npy
+    normalization: str | None = None  # of tool.seeds
 
     def _load_mask(self, image_id: str, path: Path, size: tuple[int, int] | None) -> np.ndarray:
         """An image's mask, uint8 H x W; DataError if the (H, W) of what is at ``path`` differs."""
@@ -107,16 +115,16 @@ class Scorer:
         self.devkit.require_size(path, size or mask.shape, f"its mask {mask_path}", mask.shape)
         return mask
 
-    def _load(self, image_id: str, kind: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def _load(self, image_id: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """An image's mask, uint8 H x W, its class maps, float32 K x H x W, and their classes."""
         path = maps_file(self.scored / f"{image_id}.npy")
-        maps = load_cams(path, None, len(self.devkit.class_names))
-        size = next((values.shape for values in maps.values()), None)
-        mask = self._load_mask(image_id, path, size)
-        stacked = stack_maps(maps, mask.shape)
-        if kind == "alpha" and stacked.max(initial=0) > 1:
-            raise DataError(f"{path}: has scores above 1, which --alpha cannot use; use --bg.")
-        return mask, stacked, list(maps)
+        mask = self._load_mask(image_id, path, None)
+        try:
+            maps = load_cams(path, mask.shape, len(self.devkit.class_names), self.normalization)
+        except SizeError as error:
+            self._load_mask(image_id, path, error.size)  # names the mask, too
+            raise
+        return mask, stack_maps(maps, mask.shape), list(maps)
 
     def count_labels(self, image_id: str) -> np.ndarray:
         """The confusion matrix of an index image."""
@@ -129,7 +137,7 @@ class Scorer:
         self, image_id: str, kind: str, value: float, crf_backend: str | None = None
     ) -> np.ndarray:
         """The confusion matrix of class maps and a background, after a CRF if one is named."""
-        mask, maps, classes = self._load(image_id, kind)
+        mask, maps, classes = self._load(image_id)
         scores = BACKGROUNDS[kind](maps, value)
         if crf_backend:
             photograph = np.array(self.devkit.load_image(image_id))
@@ -138,9 +146,9 @@ class Scorer:
         prediction = index_image(scores.argmax(axis=0), classes)
         return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
 
-    def count_sweep(self, image_id: str, kind: str, winning_scores: np.ndarray) -> np.ndarray:
+    def count_sweep(self, image_id: str, winning_scores: np.ndarray) -> np.ndarray:
         """The confusion matrix of class maps at each threshold, by its winning score."""
-        mask, maps, classes = self._load(image_id, kind)
+        mask, maps, classes = self._load(image_id)
         scores = fixed_background_and_maps(maps, 0)  # a score of 0 never wins
         winner, score = index_image(scores.argmax(axis=0), classes), scores.max(axis=0)
         num_labels = len(self.devkit.label_names)
@@ -170,7 +178,7 @@ def total_counts(ids: Sequence[str], count: Callable, num_workers: int) -> np.nd
 def sweep(scorer: Scorer, ids: Sequence[str], kind: str, num_workers: int) -> np.ndarray:
     """The confusion matrices at the thresholds of ``SWEEPS[kind]``: int64 x labels x labels."""
     winning = np.array([winning_score(kind, value) for value in SWEEPS[kind]])
-    count = functools.partial(scorer.count_sweep, kind=kind, winning_scores=winning)
+    count = functools.partial(scorer.count_sweep, winning_scores=winning)
     return total_counts(ids, count, num_workers)
 
 
@@ -211,7 +219,7 @@ def table(result: dict) -> str:
 
     columns = [result[column] for column in ("per_class", "precision", "recall")]
     background = result["background"]
-    missing = f", {result['missing']} missing" if result["missing"] else ""
+    missing = f", {result['missing']} missing" if result.get("missing") else ""
     rows = [
         f"{'label':<16}{'IoU':>10}{'precision':>10}{'recall':>10}",
         *(row(name, *(column[name] for column in columns)) for name in result["per_class"]),
@@ -223,39 +231,49 @@ def table(result: dict) -> str:
     return "\n".join(rows)
 
 
-def sweep_figures(kind: str, confusions: np.ndarray, num_images: int, names: Sequence[str]) -> dict:
-    """What --json holds of a sweep, except "missing"; the best is the first of the largest mIoU."""
+def sweep_figures(
+    points: Sequence[dict], confusions: np.ndarray, num_images: int, names: Sequence[str]
+) -> dict:
+    """What --json holds of a sweep over ``points`` {setting: value}, except "missing".
+
+    The best is the first of the largest mIoU.
+    """
+    settings = [*points[0]]
     scored = [
-        {kind: value, **figures(confusion, num_images, names)}
-        for value, confusion in zip(SWEEPS[kind], confusions, strict=True)
+        {**point, **figures(confusion, num_images, names)}
+        for point, confusion in zip(points, confusions, strict=True)
     ]
+    shown = [*settings, "miou", "per_class"]
     return {
-        "sweep": kind,
+        "sweep": " ".join(settings),
         "images": num_images,
-        "points": [{key: point[key] for key in (kind, "miou", "per_class")} for point in scored],
+        "points": [{key: point[key] for key in shown} for point in scored],
         "best": max(scored, key=lambda point: point["miou"]),
     }
 
 
 def sweep_table(result: dict) -> str:
-    """The mIoU at every threshold as text, the best one marked, and its figures."""
-    kind, best = result["sweep"], result["best"]
-    rows = [f"{kind:>6}{'mIoU':>8}"]
+    """The mIoU at every point as text, the best one marked, and its figures."""
+    settings, best = result["sweep"].split(), result["best"]
+    rows = ["".join(f"{name:>6}" for name in settings) + f"{'mIoU':>8}"]
     for point in result["points"]:
-        mark = "  <- best" if point[kind] == best[kind] else ""
-        rows.append(f"{point[kind]:>6g}{point['miou']:>8.2f}{mark}")
-    return "\n".join([*rows, "", f"at {kind} {best[kind]:g}:", table(best)])
+        mark = "  <- best" if all(point[name] == best[name] for name in settings) else ""
+        values = "".join(f"{point[name]:>6g}" for name in settings)
+        rows.append(f"{values}{point['miou']:>8.2f}{mark}")
+    place = ", ".join(f"{name} {best[name]:g}" for name in settings)
+    return "\n".join([*rows, "", f"at {place}:", table(best)])
 
 
 def sweep_csv(result: dict) -> str:
-    """One line for each threshold: mIoU, whether it is the best, and the IoU of each class."""
-    kind, best = result["sweep"], result["best"]
+    """One line for each point: mIoU, whether it is the best, and the IoU of each class."""
+    settings, best = result["sweep"].split(), result["best"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([kind, "miou", "best", *best["per_class"]])
+    writer.writerow([*settings, "miou", "best", *best["per_class"]])
     for point in result["points"]:
-        marked = int(point[kind] == best[kind])
-        writer.writerow([point[kind], point["miou"], marked, *point["per_class"].values()])
+        values = [point[name] for name in settings]
+        marked = int(values == [best[name] for name in settings])
+        writer.writerow([*values, point["miou"], marked, *point["per_class"].values()])
     return text.getvalue()
 
 
@@ -278,14 +296,37 @@ def sweep_plot(result: dict):
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that do not go together."""
-    if args.pred and (args.crf or args.bg is not None or args.alpha or args.sweep):
-        raise UsageError("--bg, --alpha, --sweep and --crf need --cam; --pred holds labels.")
+    of_maps = args.crf, args.bg is not None, args.alpha, args.sweep, args.normalize
+    if args.pred and any(of_maps):
+        flags = "--bg, --alpha, --sweep, --crf and --normalize"
+        raise UsageError(f"{flags} need --cam; --pred holds labels.")
     if args.crf and args.sweep:
         raise UsageError("--crf needs one threshold, --bg or --alpha, and not --sweep.")
     if not args.sweep and (args.csv or args.plot):
         raise UsageError("--csv and --plot show the results of --sweep; add --sweep.")
+
+
+def check_files(args: argparse.Namespace, list_flag: str, devkit: Devkit) -> None:
+    """Raise UsageError if --json, --csv or --plot would replace an input, or each other."""
     if args.plot and not args.plot.endswith(".png"):
         raise UsageError(f"--plot {args.plot}: must end in .png.")
+    outputs = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
+    inputs = {f"--{name}": getattr(args, name) for name in (list_flag, "classes")}
+    cli.require_distinct_outputs(outputs, inputs)
+    for flag, path in outputs.items():
+        devkit.require_output(flag, path)
+
+
+def write_files(args: argparse.Namespace, result: dict, plot: Callable) -> None:
+    """Write --json, --csv and --plot, those that are named; ``plot(result)`` makes the figure."""
+    if args.json:
+        write_json(args.json, result)
+    if args.csv:
+        with atomic_write(args.csv) as file:
+            file.write(sweep_csv(result).encode())
+    if args.plot:
+        with atomic_write(args.plot) as file:
+            plot(result).savefig(file, format="png")
 
 
 def present_ids(args: argparse.Namespace, ids: Sequence[str]) -> Sequence[str]:
@@ -317,31 +358,23 @@ def count_images(args: argparse.Namespace, scorer: Scorer, ids: Sequence[str]) -
 
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
-    outputs = {"--json": args.json, "--csv": args.csv, "--plot": args.plot}
-    cli.require_distinct_outputs(outputs, {"--list": args.list, "--classes": args.classes})
     devkit = open_devkit(args)
-    for flag, path in outputs.items():
-        devkit.require_output(flag, path)
+    check_files(args, "list", devkit)
     ids = list(dict.fromkeys(read_ids(args.list)))  # an image counts once
     present = present_ids(args, ids)
     masks = Path(args.gt) if args.gt else devkit.root / "SegmentationClass"
     require_files(masks, present, ".png", "--voc12_root or --gt, and the list must belong together")
     devkit.require_classes(masks / f"{image_id}.png" for image_id in present)
-    counts = count_images(args, Scorer(devkit, masks, Path(args.pred or args.cam)), present)
+    scorer = Scorer(devkit, masks, Path(args.pred or args.cam), args.normalize)
+    counts = count_images(args, scorer, present)
 
     scored = counts, len(present), devkit.label_names
-    result = sweep_figures(args.sweep, *scored) if args.sweep else figures(*scored)
+    points = [{args.sweep: value} for value in SWEEPS.get(args.sweep, ())]
+    result = sweep_figures(points, *scored) if args.sweep else figures(*scored)
     result["missing"] = len(ids) - len(present)
     if args.sweep:
         result["best"]["missing"] = result["missing"]
-    if args.json:
-        write_json(args.json, result)
-    if args.csv:
-        with atomic_write(args.csv) as file:
-            file.write(sweep_csv(result).encode())
-    if args.plot:
-        with atomic_write(args.plot) as file:
-            sweep_plot(result).savefig(file, format="png")
+    write_files(args, result, sweep_plot)
     print(sweep_table(result) if args.sweep else table(result))
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tool.crf import BACKENDS
 from tool.run.errors import DataError, Interrupted, UsageError
+from tool.seeds import NORMALIZATIONS
 
 EXIT_DATA, EXIT_USAGE = 1, 2
 # Pairs reach at most over the width of most images' grids.
@@ -227,10 +228,11 @@ def add_training_arguments(
     add("--tensorboard", metavar="DIR", help="also write the figures there, for TensorBoard")
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+def add_inference_arguments(parser: argparse.ArgumentParser, weights_required: bool = True) -> None:
     """The flags of all inference programs, besides ``--network``."""
     add = parser.add_argument
-    add("--weights", required=True, help="the network's trained weights; none: it is untrained")
+    text = "the network's trained weights; none: it is untrained"
+    add("--weights", required=weights_required, help=text)
     add("--infer_list", default="voc12/train.txt", help="images to make outputs of")
     add(
         "--overwrite",
@@ -242,6 +244,12 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip_bad", action="store_true", help=text)
     add_run_arguments(parser)
     add_speed_arguments(parser)
+
+
+def add_normalize_argument(parser: argparse.ArgumentParser) -> None:
+    """``--normalize`` of a program that reads class maps."""
+    text = "scale each class map to 0..1: max (negative values to 0, by the largest) or minmax"
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help=text)
 
 
 def add_crf_argument(parser: argparse.ArgumentParser) -> None:

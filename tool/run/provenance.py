@@ -187,12 +187,13 @@ def require_same_settings(
 
 
 def unfinished(folders: Sequence[OutputFolder], ids: Iterable[str]) -> list[str]:
-    """The images that lack a file in one of the folders, in their order."""
+    """The images that lack a file in one of the folders, in their order; without folders, all."""
     present = [(folder, folder.file_names()) for folder in folders]
     return [
         image_id
         for image_id in ids
-        if not all(folder.file_names_of([image_id]) <= names for folder, names in present)
+        if not folders
+        or not all(folder.file_names_of([image_id]) <= names for folder, names in present)
     ]
 
 

@@ -28,7 +28,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_devkit_arguments(parser, labels=False)
     add("--list", required=True, help="images to report on")
-    add("--cam", metavar="DIR", help="class activation maps")
+    add("--cam", metavar="DIR", help="class maps of any method")
+    cli.add_normalize_argument(parser)
     add("--la", metavar="DIR", help="CRF scores with the low alpha; needs --ha")
     add("--ha", metavar="DIR", help="CRF scores with the high alpha; needs --la")
     add("--rw", metavar="DIR", help="the random walk's index images")
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     for key, folder in folders.items():
         hint = f"--{key} is what infer_cls.py or infer_aff.py made of the images of --list"
         require_files(folder, ids, SUFFIXES[key], hint)
-    outputs = Outputs(devkit, folders)
+    outputs = Outputs(devkit, folders, args.normalize)
     if suffix == ".png":
         content = sheet(map(outputs.load, spread(ids, args.images or 6)))
     else:

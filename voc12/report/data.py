@@ -42,6 +42,7 @@ class Outputs(NamedTuple):
 
     devkit: Devkit
     folders: dict[str, str]
+    normalization: str | None = None  # of the class maps, see tool.seeds
 
     def load(self, image_id: str) -> Example:
         """Read all there is of an image; raises DataError where it does not fit together."""
@@ -52,7 +53,7 @@ class Outputs(NamedTuple):
         mask = self.devkit.load_label(mask_path, size) if mask_path.is_file() else None
         cams, predictions = {}, {}
         if "cam" in path:
-            cams = load_cams(path["cam"], size, num_classes)
+            cams = load_cams(path["cam"], size, num_classes, self.normalization)
             label = fixed_background_label(stack_maps(cams, size), BACKGROUND_SCORE)
             predictions[CAM] = index_image(label, list(cams))
         if "la" in path:

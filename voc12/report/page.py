@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tool.cam import BACKGROUND_SCORE
 from tool.labels import VOID
 from tool.run import cli
-from voc12.evaluate import Scorer, sweep, sweep_figures, sweep_plot
+from voc12.evaluate import SWEEPS, Scorer, sweep, sweep_figures, sweep_plot
 from voc12.report import pictures
 from voc12.report.data import CAM, Example, Outputs, choose, read_log, score
 
@@ -90,10 +90,12 @@ def mean(iou: np.ndarray | None) -> float:
 def sweep_cams(outputs: Outputs, ids: Sequence[str]) -> tuple[dict[str, dict], dict[str, str]]:
     """The CAMs' figures at the best background score and alpha, and the curves as data URIs."""
     devkit, best, curves = outputs.devkit, {}, {}
-    scorer = Scorer(devkit, devkit.root / "SegmentationClass", Path(outputs.folders["cam"]))
+    masks, cams = devkit.root / "SegmentationClass", Path(outputs.folders["cam"])
+    scorer = Scorer(devkit, masks, cams, outputs.normalization)
     for kind, name in (("bg", "background score"), ("alpha", "alpha")):
         confusions = sweep(scorer, ids, kind, cli.default_num_workers())
-        result = sweep_figures(kind, confusions, len(ids), devkit.label_names)
+        points = [{kind: value} for value in SWEEPS[kind]]
+        result = sweep_figures(points, confusions, len(ids), devkit.label_names)
         best[f"{CAM}, best {name}: {result['best'][kind]:g}"] = result["best"]
         curves[f"{CAM}, mIoU over the {name}"] = svg_uri(sweep_plot(result))
     return best, curves

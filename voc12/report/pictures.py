@@ -116,6 +116,32 @@ def save_overlay(
         drawn.save(file, "PNG")
 
 
+def walk_heat_map(result: Mapping):
+    """A matplotlib figure of a sweep of the walk: mIoU over beta and logt, at the best background.
+
+    ``result`` is that of ``voc12.evaluate.sweep_figures`` over beta, logt and alpha or bg.
+    """
+    from matplotlib.figure import Figure  # slow to import, and few need it
+
+    kind, best = result["sweep"].split()[-1], result["best"]
+    at_best = [point for point in result["points"] if point[kind] == best[kind]]
+    miou = {(point["beta"], point["logt"]): point["miou"] for point in at_best}
+    betas, logts = (list(dict.fromkeys(values)) for values in zip(*miou, strict=True))
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    heat = [[miou[beta, logt] for logt in logts] for beta in betas]
+    figure.colorbar(axis.imshow(heat, aspect="auto"), label="mIoU (%)")
+    for (beta, logt), value in miou.items():
+        frame = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        weight = "bold" if value == best["miou"] else "normal"
+        place = {"ha": "center", "va": "center", "weight": weight, "bbox": frame}
+        axis.text(logts.index(logt), betas.index(beta), f"{value:.1f}", **place)
+    axis.set_xticks(range(len(logts)), logts)
+    axis.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+    axis.set(xlabel="logt (2^logt steps)", ylabel="beta", title=f"{kind} {best[kind]:g}")
+    return figure
+
+
 def save_trace(path: Path, image: Image.Image, labels: Mapping[int, np.ndarray]) -> None:
     """Write ``<path>.png``, the photograph and the labels side by side, and ``<path>.gif``, a film.
 
