@@ -1,4 +1,4 @@
-# make demo      the four stages on a synthetic devkit, with scores and report pages (3 to 5 minutes)
+# make demo      all stages on a synthetic devkit, with scores and report pages (4 to 7 minutes)
 # make test      lint and the whole test suite
 # make coverage  the test suite, with the lines and branches that it covers (at least 95 and 90 %)
 # make setup     only the virtual environment, which the others make when needed
@@ -19,8 +19,8 @@ demo: setup
 	    --cam $(DEMO)/cam --la $(DEMO)/la_crf --ha $(DEMO)/ha_crf --rw $(DEMO)/rw \
 	    --out $(DEMO)/stages.png
 	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/val.txt \
-	    --cam $(DEMO)/cam --rw $(DEMO)/rw --log $(DEMO)/cls.csv $(DEMO)/aff.csv \
-	    --out $(DEMO)/report_val.html
+	    --cam $(DEMO)/cam --rw $(DEMO)/rw --seg $(DEMO)/seg \
+	    --log $(DEMO)/cls.csv $(DEMO)/aff.csv $(DEMO)/seg.csv --out $(DEMO)/report_val.html
 	$(RUN) -m voc12.report --voc12_root $(DEMO)/VOC --list $(DEMO)/lists/train.txt \
 	    --cam $(DEMO)/cam --la $(DEMO)/la_crf --ha $(DEMO)/ha_crf --rw $(DEMO)/rw \
 	    --log $(DEMO)/cls.csv $(DEMO)/aff.csv --out $(DEMO)/report_train.html

@@ -27,7 +27,7 @@ needs_pydensecrf = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf is not installed"
 )
 
-# Both trainings on the data of write_training_data, in steps of three images.
+# All trainings on the data of write_training_data, in steps of three images.
 _TRAIN = (
     "--voc12_root VOC --weights none --train_list lists/train.txt --batch_size 3 --lr 0.02 "
     "--momentum 0.9"
@@ -37,6 +37,8 @@ TINY_TRAINING = {
     "--val_list lists/val.txt --crop_size 64 --resize_long 48 80 --val_crop_size 72",
     "aff": f"train_aff --network network.tiny_aff {_TRAIN} --crop_size 80 --la_crf_dir la "
     "--ha_crf_dir ha",
+    "seg": f"train_seg --network network.tiny_seg {_TRAIN} --crop_size 64 --scale 0.8 1.2 "
+    "--label_dir VOC/SegmentationClass",
 }
 
 

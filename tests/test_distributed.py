@@ -23,8 +23,9 @@ COMMANDS = {
     name: f"{command} --batch_size 5 --max_epoches 1 --log_every 2 --num_workers 0"
     for name, command in TINY_TRAINING.items()
 }
+COMMANDS["seg"] = COMMANDS["seg"].replace("--max_epoches 1", "--max_iters 5")
 each_program = pytest.mark.parametrize("name", COMMANDS)
-RANKS = {"cls": 3, "aff": 2}
+RANKS = {"cls": 3, "aff": 2, "seg": 2}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

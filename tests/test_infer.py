@@ -12,7 +12,7 @@ import torch
 from forked import at_call, disk_full, run_forked
 from helpers import Outcome, contents, run_program
 
-from network import tiny_aff, tiny_cls
+from network import tiny_aff, tiny_cls, tiny_seg
 from tool.maps import load_index_png, load_maps
 from voc12 import toy
 from voc12.devkit import read_ids
@@ -25,6 +25,8 @@ COMMANDS = {
     "--out_cam_pred out/pred",
     "aff": f"infer_aff --network network.tiny_aff {DATA} --weights aff.pth --logt 4 --cam_dir cam "
     "--out_rw out/rw",
+    "seg": f"infer_seg --network network.tiny_seg {DATA} --weights seg.pth --scales 1 0.5 --crf "
+    "--out_seg out/seg --out_overlay out/overlay --out_scores out/scores",
 }
 each_program = pytest.mark.parametrize("name", COMMANDS)
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """All files that both programs write when nothing happens, by program; their data "folder"."""
+    """All files that each program writes when nothing happens, by program; their data "folder"."""
     folder = tmp_path_factory.mktemp("data")
     toy.make_devkit(folder / "VOC", IMAGES, 64, 0)
     ids = sorted(path.stem for path in (folder / "VOC" / "JPEGImages").iterdir())
@@ -42,6 +44,7 @@ def undisturbed(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(tiny_cls.Net().state_dict(), folder / "cls.pth")
     torch.save(tiny_aff.Net().state_dict(), folder / "aff.pth")
+    torch.save(tiny_seg.Net().state_dict(), folder / "seg.pth")
     results = {"folder": folder}
     for name, command in COMMANDS.items():
         run_program(command, folder).check()
@@ -246,6 +249,7 @@ def test_outputs_without_a_record_are_refused(record, finished):
 def test_killed_again_and_again_and_repeated_gives_the_same_bytes(name, undisturbed, folder, rng):
     # Files that are complete but for their names; records are the first of them.
     renames = rng.integers(2, 9, 3).tolist() if name == "cls" else [3, *rng.integers(1, 4, 2)]
+    renames[0] += 4 * (name == "seg")  # it has more records
     run = {"command": COMMANDS[name], "cwd": folder}
     killed = [run | {"signal": "SIGKILL", "at_rename": int(number)} for number in renames]
     ended = [Outcome(*outcome) for (outcome,) in run_forked(*killed, run)]
@@ -355,7 +359,7 @@ def processes(undisturbed, tmp_path_factory):
         runs[run] = {"command": f"{COMMANDS[name]} {flags}", "cwd": path, **options}
         return path
 
-    for name, ranks in (("cls", 3), ("aff", 2)):
+    for name, ranks in (("cls", 3), ("aff", 2), ("seg", 2)):
         plan(f"ranks {name}", name, ranks=ranks)
     plan("copies", "cls", copies=2)
     plan("lost", "cls", ranks=3, signal="SIGKILL", at_rank=1, at_rename=2)
@@ -468,7 +472,7 @@ def test_compile_compiles_what_is_called(name, folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda method: compiled.append(method) or method)
     run_program(f"{COMMANDS[name]} --compile", folder).check()
-    names = {"cls": "forward_cam", "aff": "forward_features"}
+    names = {"cls": "forward_cam", "aff": "forward_features", "seg": "forward"}
     assert [method.__name__ for method in compiled] == [names[name]]
 
 

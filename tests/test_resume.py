@@ -17,6 +17,7 @@ IMAGES = 15  # 12 to train on
 # Two epochs of four steps.
 FLAGS = "--max_epoches 2 --log_every 3 --session_name out/run --num_workers 0"
 COMMANDS = {name: f"{command} {FLAGS}" for name, command in TINY_TRAINING.items()}
+COMMANDS["seg"] = COMMANDS["seg"].replace("--max_epoches 2", "--max_iters 8")
 each_program = pytest.mark.parametrize("name", COMMANDS)
 
 # As in the forked processes: the parts of several threads' sums are rounded otherwise.
@@ -41,19 +42,25 @@ def folder(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    """Copies of the data where both programs got a signal in step 6, and how they ended."""
+    """Copies of the data where each program got a signal in step 6, and how they ended."""
     folders = {name: tmp_path_factory.mktemp("stopped") / name for name in COMMANDS}
-    runs = [
-        {"command": COMMANDS[name], "cwd": shutil.copytree(data, path), "at_step": 6}
-        for name, path in folders.items()
-    ]
-    cls, aff = run_forked(runs[0] | {"signal": "SIGTERM"}, runs[1] | {"signal": "SIGINT"})
-    return {"cls": (folders["cls"], Outcome(*cls[0])), "aff": (folders["aff"], Outcome(*aff[0]))}
+    signals = {"cls": "SIGTERM", "aff": "SIGINT", "seg": "SIGTERM"}
+    outcomes = run_forked(
+        *(
+            {"command": COMMANDS[name], "cwd": shutil.copytree(data, path), "at_step": 6}
+            | {"signal": signals[name]}
+            for name, path in folders.items()
+        )
+    )
+    return {
+        name: (path, Outcome(*outcome))
+        for (name, path), (outcome,) in zip(folders.items(), outcomes, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """What both programs write when nothing happens."""
+    """What each program writes when nothing happens."""
     results = {}
     for name, command in COMMANDS.items():
         path = shutil.copytree(data, tmp_path_factory.mktemp("undisturbed") / name)
@@ -98,7 +105,7 @@ def test_killed_again_and_again_and_resumed_gives_the_same_bytes(name, undisturb
 # Stopped
 
 
-@pytest.mark.parametrize(("name", "code"), [("cls", 143), ("aff", 130)])
+@pytest.mark.parametrize(("name", "code"), [("cls", 143), ("aff", 130), ("seg", 143)])
 def test_signal_ends_with_one_sentence_and_a_checkpoint(name, code, stopped):
     path, outcome = stopped[name]
     assert outcome.code == code

@@ -33,6 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--la", metavar="DIR", help="CRF scores with the low alpha; needs --ha")
     add("--ha", metavar="DIR", help="CRF scores with the high alpha; needs --la")
     add("--rw", metavar="DIR", help="the random walk's index images")
+    add("--seg", metavar="DIR", help="the segmenter's index images")
     add("--log", metavar="CSV", nargs="+", default=[], help="tables of losses that training wrote")
     add("--images", type=cli.count, help="images to show (default: 60 on a page, 6 on a sheet)")
     add("--out", required=True, metavar="FILE.html", help="the page; FILE.png makes a sheet")
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     folders = {key: getattr(args, key) for key in SUFFIXES if getattr(args, key)}
     devkit.require_images(ids)
     for key, folder in folders.items():
-        hint = f"--{key} is what infer_cls.py or infer_aff.py made of the images of --list"
+        hint = f"--{key} is what an inference program made of the images of --list"
         require_files(folder, ids, SUFFIXES[key], hint)
     outputs = Outputs(devkit, folders, args.normalize)
     if suffix == ".png":

@@ -23,7 +23,7 @@ from voc12.evaluate import figures
 
 STRIDE = 8  # cells of the affinity labels, as in training
 CAM = "CAM"  # the name of the CAMs' prediction
-SUFFIXES = {"cam": ".npy", "la": ".npy", "ha": ".npy", "rw": ".png"}
+SUFFIXES = {"cam": ".npy", "la": ".npy", "ha": ".npy", "rw": ".png", "seg": ".png"}
 
 
 class Example(NamedTuple):
@@ -62,8 +62,9 @@ class Outputs(NamedTuple):
                 hint = f"but there are {num_classes} classes; see --classes"
                 raise DataError(f"{path['la']}: has scores of the label {max(low)}, {hint}.")
             predictions["confident labels"] = confident_label(low, high)
-        if "rw" in path:
-            predictions["random walk"] = self.devkit.load_label(path["rw"], size)
+        for key, name in (("rw", "random walk"), ("seg", "segmenter")):
+            if key in path:
+                predictions[name] = self.devkit.load_label(path[key], size)
         # The CAMs are shown as heat; their labels only where there is no other prediction.
         labels = {name: predictions[name] for name in predictions if name != CAM} or predictions
         labels = labels | ({} if mask is None else {"mask": mask})
