@@ -1,4 +1,4 @@
-"""The four programs and the evaluation of their outputs, in a row, each as a process.
+"""The six programs and the evaluation of their outputs, in a row, each as a process.
 
     python3 -m tool.pipeline --voc12_root VOC2012 --network vgg16 --weights imagenet
         --out_dir runs/vgg16
@@ -9,9 +9,8 @@
     ... --cam_dir SEEDS                      class maps of any method in place of stage 1
 
 The stages are prepare, train_cls, infer_cls, train_aff, infer_aff, train_seg, infer_seg and
-evaluate. To continue after
-an interruption, repeat the command without --from: finished trainings and images are skipped. After
-a change of settings, name the first stage that it concerns by --from.
+evaluate. To continue after an interruption, repeat the command without --from: finished trainings
+and images are skipped. After a change of settings, name the first stage that it concerns by --from.
 
 --out_dir gets lists/, cls.pth, aff.pth, seg.pth and their .log; the folders cam, la_crf, ha_crf,
 rw, rw_crf (refined by the dense CRF, the segmenter's labels) and seg; the scores cam_train.json,
