@@ -149,9 +149,14 @@ class OutputFolder:
             for suffix in self.suffixes
         }
 
-    def file_names_in_any_format(self, ids: Iterable[str]) -> set[str]:
-        """The names that files of this kind can have for these images."""
-        return {image_id + suffix for image_id in ids for suffix in self.kind}
+    def file_names_to_replace(self, record: Mapping[str, Any], ids: Iterable[str]) -> set[str]:
+        """The names of these images' files that the run of that record has made."""
+        if record == self.content:
+            return self.file_names_of(ids)
+        form = record["settings"].get("out_format")  # of maps
+        pictures = (".png", ".gif") if record["origin"].endswith("--trace") else (".png",)
+        suffixes = [MAP_FORMATS[form]] if form in MAP_FORMATS else pictures
+        return {image_id + suffix for image_id in ids for suffix in suffixes}
 
 
 def require_same_settings(
@@ -159,13 +164,14 @@ def require_same_settings(
 ) -> None:
     """Raise UsageError if a folder holds outputs that are not known to be of these settings.
 
-    With ``overwrite``, outputs of other settings may be there if all are of these images.
+    With ``overwrite``, outputs of other settings may be there if all are of these images and of
+    the run that the record describes.
     """
     for folder in folders:
         record, present = _read_record(folder), folder.file_names()
         if record == folder.content or not present:
             continue
-        others = present - folder.file_names_in_any_format(ids)
+        others = present - folder.file_names_to_replace(record, ids) if record else present
         ways = "name another folder"
         if record is None:
             problem = "outputs, but no record of the settings that made them"
@@ -173,7 +179,8 @@ def require_same_settings(
             continue
         elif overwrite:
             problem = (
-                f"outputs of other settings, of images that are not in the list ({min(others)})"
+                f"outputs of other settings, and {min(others)}, which is not one of them or of an "
+                "image that is not in the list"
             )
         else:
             problem = (
@@ -202,13 +209,14 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
     To be called after ``require_same_settings`` and before any output.
     """
     for folder in folders:
-        if overwrite:
-            for name in folder.file_names_in_any_format(ids):
+        record = _read_record(folder)
+        if overwrite and record:
+            for name in folder.file_names_to_replace(record, ids):
                 (folder.path / name).unlink(missing_ok=True)
         for path in folder.path.glob(TEMPORARY_NAME.format("*", "*")):
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
-        if _read_record(folder) != folder.content:
+        if record != folder.content:
             write_json(folder.record, folder.content)
 
 
