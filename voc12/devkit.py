@@ -133,7 +133,8 @@ class Devkit:
             raise DataError(
                 f"{root}: has no folder JPEGImages; --voc12_root must name the devkit's VOC2012."
             )
-        self._labels: dict = {}
+        self._labels: dict = {}  # of the file
+        self._annotated: dict[str, np.ndarray] = {}  # read so far
         if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
             self._labels = load_npy_dict(label_file)
             if not all(isinstance(key, str) for key in self._labels):
@@ -186,7 +187,9 @@ class Devkit:
     def image_label(self, image_id: str) -> np.ndarray:
         """float32 [classes], 1 where the class is in the image; raises DataError without one."""
         if image_id not in self._labels:
-            return self.annotated_label(image_id)
+            if image_id not in self._annotated:
+                self._annotated[image_id] = self.annotated_label(image_id)
+            return self._annotated[image_id]
         try:
             label = np.asarray(self._labels[image_id], np.float32)
         except (TypeError, ValueError):
