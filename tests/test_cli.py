@@ -232,10 +232,24 @@ def test_numbers_have_a_range(number, accepted, refused):
             number(text)
 
 
-def prepare(devkit, out_dir, stdout):
+def prepare(devkit, out_dir, stdout, **variables):
     command = [sys.executable, "-m", "voc12.prepare", "--voc12_root", devkit, "--out_dir", out_dir]
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, cwd=root, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    root, environment = Path(__file__).parents[1], os.environ | variables
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run(command, cwd=root, env=environment, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"Gr\xf6\xdfe \u5199"), ("cp1252", r"Größe \u5199")]
+)
+def test_output_that_the_stream_lacks_is_escaped(encoding, shown, done, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "printed", "wb") as printed:
+        folder = tmp_path / "Größe 写"
+        prepare(done / "VOC", folder, printed, PYTHONIOENCODING=encoding).check_returncode()
+    lines = (tmp_path / "out" / "printed").read_text(encoding).splitlines()
+    assert f"{tmp_path / shown}/train.txt: 6 images" in lines
+    assert (folder / "cls_labels.npy").exists()
 
 
 def test_processes_end_with_their_exit_code(done, tmp_path):

@@ -39,16 +39,17 @@ def show(args: argparse.Namespace) -> None:
     file = read_weight_file(args.file)
     count = sum(value.numel() for value in file.tensors.values())
     title = f"{file.form}, {len(file.tensors)} tensors, {count:,} values ({describe(file.found)})"
-    print(f"{args.file}: {title}")
-    contents = {}
+    contents, lines = {}, [f"{args.file}: {title}"]
     for name, value in file.tensors.items():
         shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
         raw = value.detach().contiguous().flatten().view(torch.uint8).numpy()
         digest = hashlib.sha256(raw).hexdigest()[:16]
         contents[name] = {"shape": shape, "dtype": dtype, "sha256": digest}
-        print(f"{printable(name)}  {' x '.join(map(str, shape)) or 'scalar'}  {dtype}  {digest}")
+        sides = " x ".join(map(str, shape)) or "scalar"
+        lines.append(f"{printable(name)}  {sides}  {dtype}  {digest}")
     if args.json:
         write_json(args.json, contents)
+    print("\n".join(lines))
 
 
 def convert(args: argparse.Namespace) -> None:
