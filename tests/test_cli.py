@@ -232,6 +232,22 @@ def test_numbers_have_a_range(number, accepted, refused):
             number(text)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import no_such_package", "'no_such_package'"),
+        ("from network.no_such_network import Net", "'network.no_such_network'"),
+        ("from network.tinyd import NoSuchName", "'NoSuchName'"),
+        ("WIDTH = int('wide')", "network.mine_cls cannot be imported"),
+    ],
+)
+def test_a_network_whose_import_fails_says_why(source, words, tmp_path, monkeypatch):
+    (tmp_path / "mine_cls.py").write_text(source)
+    monkeypatch.setattr("network.__path__", [str(tmp_path), *sys.modules["network"].__path__])
+    with pytest.raises(ImportError, match=words):
+        parsed("train_cls", "--network network.mine_cls")
+
+
 def prepare(devkit, out_dir, stdout, **variables):
     command = [sys.executable, "-m", "voc12.prepare", "--voc12_root", devkit, "--out_dir", out_dir]
     root, environment = Path(__file__).parents[1], os.environ | variables

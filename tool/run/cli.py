@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import io
 import math
 import os
 import pkgutil
@@ -22,6 +23,7 @@ MAX_RADIUS = 64
 MAX_WORKERS = 256
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
+SIGPIPE = 13  # signal.SIGPIPE, which Windows lacks
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
@@ -31,6 +33,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     143 ended by SIGTERM between two steps, 141 the reader of the output has gone.
     An unforeseen exception keeps its traceback: it is a bug to report.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr escapes what it cannot encode, anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     try:
         main(args)
@@ -40,7 +44,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except BrokenPipeError:
         # Whoever read the output has seen enough (| head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_SIGNAL + signal.SIGPIPE)
+        sys.exit(EXIT_SIGNAL + SIGPIPE)
     except (DataError, OSError) as error:
         _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:
@@ -155,6 +159,8 @@ def network(*methods: str) -> Callable[[str], ModuleType]:
             known = ", ".join(module for module in modules if module.endswith(("_cls", "_aff")))
             message = f"there is no network {name!r}, but {known}"
             raise argparse.ArgumentTypeError(message) from error
+        except (TypeError, ValueError) as error:  # argparse would blame the flag
+            raise ImportError(f"network.{module} cannot be imported") from error
         if not any(hasattr(getattr(loaded, "Net", None), method) for method in methods):
             kinds = " or ".join(NETWORK_KINDS[method] for method in methods)
             raise argparse.ArgumentTypeError(f"{name!r} is not {kinds}")
@@ -280,9 +286,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_num_workers() -> int:
-    """The released code's 8, or as many as there are cores that this process may use."""
+    """The released code's 8, or this process's share of the cores that it may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+    return min(8, max(1, (cores or 1) // processes))
 
 
 def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:
