@@ -5,15 +5,21 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from tool.files import make_folder
 from tool.run.devices import is_main, world_size
 from tool.run.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Whose versions, besides PyTorch's, can change a training's numbers.
 PACKAGES = ("torchvision", "numpy", "pillow")
@@ -46,14 +52,22 @@ class Log:
     """``<session>.log`` for people, ``<session>.csv`` for plots, TensorBoard's files on request.
 
     The log holds no times: two runs of the same command and seed have equal logs. Only the first
-    rank writes.
+    rank writes. ``start`` and ``resume`` lock the files until ``close``; they raise UsageError
+    where another process has done so.
     """
 
     def __init__(self, session: str, head: list[str], tensorboard: str | None = None):
-        self.head = head
+        self.session, self.head = session, head
         self.texts = {"log": "", "csv": ""}
-        self._paths = {kind: Path(f"{session}.{kind}") for kind in self.texts}
+        self._files: dict[str, IO[str]] = {}
+        self._open = ExitStack()
         self._tensorboard = _summary_writer(tensorboard) if tensorboard else None
+        if self._tensorboard:
+            self._open.callback(self._tensorboard.close)
+
+    def close(self) -> None:
+        """Close all files; TensorBoard's are complete only then."""
+        self._open.close()
 
     def start(self, notes: list[str]) -> None:
         """Begin both files, in place of older ones."""
@@ -72,16 +86,16 @@ class Log:
     def write(self, message: str) -> None:
         """Add a line to the log and print it."""
         if is_main():
+            self._append("log", f"{message}\n")
             print(message, flush=True)
-            self._append("log", message)
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
         """Add a row to the table: the step, then the values, always the same ones in that order."""
         if not is_main():
             return
         if not self.texts["csv"]:
-            self._append("csv", ",".join(["step", *values]))
-        self._append("csv", ",".join(f"{value:.7g}" for value in (step, *values.values())))
+            self._append("csv", ",".join(["step", *values]) + "\n")
+        self._append("csv", ",".join(f"{value:.7g}" for value in (step, *values.values())) + "\n")
         self.plot(step, values)
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
@@ -91,16 +105,34 @@ class Log:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _replace(self, texts: Mapping[str, str]) -> None:
-        self.texts = dict(texts)
+        self.texts = dict.fromkeys(texts, "")
         if is_main():
-            for kind, path in self._paths.items():
-                make_folder(path.parent)
-                path.write_text(texts[kind], "utf-8")
+            for kind, text in texts.items():
+                self._files[kind] = self._open_locked(Path(f"{self.session}.{kind}"))
+                self._files[kind].truncate(0)
+                self._append(kind, text)
 
-    def _append(self, kind: str, line: str) -> None:
-        self.texts[kind] += line + "\n"
-        with open(self._paths[kind], "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def _open_locked(self, path: Path) -> IO[str]:
+        make_folder(path.parent)
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._open.enter_context(file)
+        try:
+            if fcntl:
+                # Ends with the process, however that ends; loader processes do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UsageError(
+                f"--session_name {self.session}: another training is writing {path}; wait for its "
+                "end, or take another name."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return file
+
+    def _append(self, kind: str, text: str) -> None:
+        self.texts[kind] += text
+        self._files[kind].write(text)
+        self._files[kind].flush()
 
 
 def _summary_writer(folder: str) -> Any:
