@@ -117,26 +117,20 @@ class Deadly:
 with load(Deadly(), [[0]], num_workers=1) as batches:
     next(batches)
 """
-
-
-def test_worker_that_dies_is_a_data_error():
-    last_line = run_script(KILLED_WORKER).stderr.splitlines()[-1]
-    assert re.search(r"DataError: a loader process died.*--num_workers", last_line)
-
-
-class Unsendable:
-    """There is too little memory to pickle it."""
-
+UNSENT_BATCH = """
+from tool.run.loading import load_each
+class Large:
     def __reduce__(self):
-        raise MemoryError("no memory left")
+        raise MemoryError
+with load_each([0, Large(), 2], num_workers=2) as samples:
+    list(samples)
+"""
 
 
-def test_a_batch_that_cannot_be_sent_is_not_waited_for():
-    with load_each(Samples([0, Unsendable(), 2]), 1) as loaded:
-        samples = list(loaded)
-    assert [samples[0], samples[2]] == [0, 2]
-    assert isinstance(samples[1], DataError)
-    assert re.search(r"cannot send.*no memory left.*--num_workers", str(samples[1]))
+@pytest.mark.parametrize("script", [KILLED_WORKER, UNSENT_BATCH])
+def test_worker_that_dies_or_cannot_send_is_a_data_error(script):
+    last_line = run_script(script).stderr.splitlines()[-1]
+    assert re.search(r"DataError: a loader process died.*--num_workers", last_line)
 
 
 SMALL = """
@@ -152,7 +146,7 @@ with load_each(samples, 3) as loaded:
 
 @pytest.mark.parametrize(
     ("size", "code", "words"),
-    [("1M", 0, ""), ("64k", 1, r"DataError: no loader processes can start .*No space.*/dev/shm")],
+    [("1M", 0, ""), ("64k", 1, r"DataError: loader processes cannot start .*No space.*/dev/shm")],
 )
 def test_little_shared_memory(size, code, words):
     mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" "$@"'

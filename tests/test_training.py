@@ -210,21 +210,17 @@ def test_a_file_system_or_platform_without_locks_is_no_obstacle(training, monkey
     lockf.assert_called()
 
 
-def test_a_finished_training_is_replaced_only_at_the_end_and_with_a_warning(
-    training, tmp_path, capsys
-):
-    (tmp_path / "run.pth").write_bytes(b"finished")
-    training(FourGroups(), 2)
-    assert re.search(r"WARNING: .*run\.pth .*finished.*--session_name", capsys.readouterr().out)
-    assert (tmp_path / "run.pth").read_bytes() == b"finished"
-
-
-def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path):
+def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path, capsys):
     run = training(FourGroups(), 2, epochs=2, flags="--lr 1e-6")
     train(run, 2, 0.1, 0.1, 0.1, 0.1)
     assert run.checkpoint.exists()
     finish(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
+    finished = (tmp_path / "run.pth").read_bytes()
+    assert "WARNING" not in capsys.readouterr().out
+    training(FourGroups(), 2)  # which replaces it when it ends
+    assert re.search(r"WARNING: .*run\.pth .*finished.*--session_name", capsys.readouterr().out)
+    assert (tmp_path / "run.pth").read_bytes() == finished
 
 
 def test_lack_of_memory_names_the_flags(training):

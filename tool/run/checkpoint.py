@@ -39,8 +39,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
     """The content of a checkpoint of a run with the same settings.
 
-    Raises DataError if it cannot be read or is no checkpoint, UsageError, which names the settings
-    that differ.
+    Raises DataError if it cannot be read or is no checkpoint, UsageError if settings differ.
     """
     try:
         content = load_tensors(path, "checkpoint")

@@ -23,7 +23,6 @@ MAX_RADIUS = 64
 MAX_WORKERS = 256
 # A shell's exit code of a program that a signal ended: this and the signal's number.
 EXIT_SIGNAL = 128
-SIGPIPE = 13  # signal.SIGPIPE, which Windows lacks
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None]) -> None:
@@ -44,7 +43,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except BrokenPipeError:
         # Whoever read the output has seen enough (| head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_SIGNAL + SIGPIPE)
+        sys.exit(EXIT_SIGNAL + 13)  # SIGPIPE, which Windows lacks
     except (DataError, OSError) as error:
         _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:

@@ -198,9 +198,8 @@ def _require_single_task() -> None:
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > largest:
             raise UsageError(
-                f"{name} is {value}: tasks that torchrun does not join would all do the same work "
-                "and write the same files; start this command by torchrun (docs/clusters.md), or "
-                "one task alone: srun --ntasks=1."
+                f"{name} is {value}, but torchrun did not start these tasks: each would do all of "
+                "the work; use torchrun (docs/clusters.md) or, for one task, srun --ntasks=1."
             )
 
 

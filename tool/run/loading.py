@@ -1,5 +1,6 @@
 """Loader processes that pass on a bad file as one clear error instead of a worker's traceback."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tool.run.errors import DataError, reason
 
-WAYS_OUT = (
-    "if /dev/shm is full or small (a container's --shm-size), enlarge it, or take fewer "
-    "--num_workers, or 0."
-)
+WAYS_OUT = "enlarge /dev/shm (a container's --shm-size), or take fewer --num_workers, or 0."
 
 
 class _Reporting(Dataset):
@@ -74,25 +72,23 @@ def load_each(dataset: Dataset, num_workers: int, pin_memory: bool = False):
 def _loader(
     dataset: Dataset, batches: Iterable, num_workers: int, collate: Callable, pin_memory: bool
 ) -> Iterator[Iterator[Any]]:
+    loader = DataLoader(
+        _Reporting(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=partial(_collate, collate),
+        pin_memory=pin_memory,
+        worker_init_fn=_prepare_process,
+        # Without one of its own, it would draw from the generator that dropout draws from.
+        generator=torch.Generator(),
+    )
     iterator, problem = None, ""
     try:
-        iterator = iter(
-            DataLoader(
-                _Reporting(dataset),
-                batch_sampler=batches,
-                num_workers=num_workers,
-                collate_fn=partial(_collate, collate),
-                pin_memory=pin_memory,
-                worker_init_fn=_prepare_process,
-                # Without one of its own, it would draw from the generator that dropout draws from.
-                generator=torch.Generator(),
-            )
-        )
+        iterator = iter(loader)
     except OSError as error:
         problem = reason(error)
-    if iterator is None:
-        # Raised here, because the processes that have started end only when the error is gone.
-        raise DataError(f"no loader processes can start ({problem}); {WAYS_OUT}")
+    if iterator is None:  # Not above: processes that have started end only with the OSError.
+        raise DataError(f"loader processes cannot start ({problem}); {WAYS_OUT}")
     try:
         yield iterator
     except RuntimeError as error:
@@ -112,7 +108,8 @@ def _prepare_process(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ForkingPickler.register(Tensor, _send)
-    Queue._on_queue_feeder_error = _send_error
+    # A batch that cannot be sent, for lack of memory, would be waited for; a dead process is not.
+    Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 def _send(tensor: Tensor) -> tuple[Callable, tuple]:
@@ -122,12 +119,6 @@ def _send(tensor: Tensor) -> tuple[Callable, tuple]:
     except RuntimeError:
         return torch.from_numpy, (tensor.numpy(),)
     return reduce_tensor(tensor)
-
-
-def _send_error(queue: Queue, error: Exception, numbered_batch: tuple) -> None:
-    """Put a DataError in the place of a batch that cannot be sent: it would be waited for."""
-    problem = f"a loader process cannot send its batch ({reason(error)}); take fewer --num_workers."
-    queue.put((numbered_batch[0], DataError(problem)))
 
 
 def _raised(batch: Any) -> Any:

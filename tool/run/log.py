@@ -5,7 +5,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -60,14 +59,12 @@ class Log:
         self.session, self.head = session, head
         self.texts = {"log": "", "csv": ""}
         self._files: dict[str, IO[str]] = {}
-        self._open = ExitStack()
         self._tensorboard = _summary_writer(tensorboard) if tensorboard else None
-        if self._tensorboard:
-            self._open.callback(self._tensorboard.close)
 
     def close(self) -> None:
         """Close all files; TensorBoard's are complete only then."""
-        self._open.close()
+        for file in filter(None, (*self._files.values(), self._tensorboard)):
+            file.close()
 
     def start(self, notes: list[str]) -> None:
         """Begin both files, in place of older ones."""
@@ -86,7 +83,7 @@ class Log:
     def write(self, message: str) -> None:
         """Add a line to the log and print it."""
         if is_main():
-            self._append("log", f"{message}\n")
+            self._append("log", message)
             print(message, flush=True)
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
@@ -94,8 +91,8 @@ class Log:
         if not is_main():
             return
         if not self.texts["csv"]:
-            self._append("csv", ",".join(["step", *values]) + "\n")
-        self._append("csv", ",".join(f"{value:.7g}" for value in (step, *values.values())) + "\n")
+            self._append("csv", ",".join(["step", *values]))
+        self._append("csv", ",".join(f"{value:.7g}" for value in (step, *values.values())))
         self.plot(step, values)
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
@@ -105,34 +102,29 @@ class Log:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _replace(self, texts: Mapping[str, str]) -> None:
-        self.texts = dict.fromkeys(texts, "")
-        if is_main():
-            for kind, text in texts.items():
-                self._files[kind] = self._open_locked(Path(f"{self.session}.{kind}"))
-                self._files[kind].truncate(0)
-                self._append(kind, text)
+        self.texts = dict(texts)
+        for kind, text in texts.items() if is_main() else ():
+            self._files[kind] = self._open_locked(Path(f"{self.session}.{kind}"))
+            self._files[kind].truncate(0)
+            self._files[kind].write(text)
 
     def _open_locked(self, path: Path) -> IO[str]:
         make_folder(path.parent)
-        file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self._open.enter_context(file)
+        file = open(path, "a", 1, "utf-8", "backslashreplace")  # noqa: SIM115 (flushes each line)
         try:
             if fcntl:
                 # Ends with the process, however that ends; loader processes do not inherit it.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise UsageError(
-                f"--session_name {self.session}: another training is writing {path}; wait for its "
-                "end, or take another name."
-            ) from error
+            problem = f"another training is writing {path}; wait for its end, or take another name"
+            raise UsageError(f"--session_name {self.session}: {problem}.") from error
         except OSError:  # a file system without locks
             pass
         return file
 
-    def _append(self, kind: str, text: str) -> None:
-        self.texts[kind] += text
-        self._files[kind].write(text)
-        self._files[kind].flush()
+    def _append(self, kind: str, line: str) -> None:
+        self.texts[kind] += line + "\n"
+        self._files[kind].write(line + "\n")
 
 
 def _summary_writer(folder: str) -> Any:

@@ -124,21 +124,17 @@ class OutputFolder:
         return self.path / RECORDS[self.suffixes[0]]
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        """The endings of all files with this record, whatever their format."""
-        return tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
-
-    @property
     def content(self) -> dict[str, Any]:
         """What the record must hold."""
         return {"origin": self.origin, "settings": dict(sorted(self.settings.items()))}
 
     def file_names(self) -> set[str]:
-        """The names of all files of this kind in the folder."""
+        """The names of all files in the folder that have this record, whatever their format."""
         if not self.path.is_dir():
             return set()
+        kind = tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
         names = (name for name in os.listdir(self.path) if not name.startswith("."))
-        return {name for name in names if name.endswith(self.kind)}
+        return {name for name in names if name.endswith(kind)}
 
     def file_names_of(self, ids: Iterable[str]) -> set[str]:
         """The names of files that these images have there when they are complete."""
@@ -153,9 +149,8 @@ class OutputFolder:
         """The names of these images' files that the run of that record has made."""
         if record == self.content:
             return self.file_names_of(ids)
-        form = record["settings"].get("out_format")  # of maps
-        pictures = (".png", ".gif") if record["origin"].endswith("--trace") else (".png",)
-        suffixes = [MAP_FORMATS[form]] if form in MAP_FORMATS else pictures
+        suffix = MAP_FORMATS.get(record["settings"].get("out_format"), ".png")
+        suffixes = (".png", ".gif") if record["origin"].endswith("--trace") else (suffix,)
         return {image_id + suffix for image_id in ids for suffix in suffixes}
 
 
@@ -164,8 +159,7 @@ def require_same_settings(
 ) -> None:
     """Raise UsageError if a folder holds outputs that are not known to be of these settings.
 
-    With ``overwrite``, outputs of other settings may be there if all are of these images and of
-    the run that the record describes.
+    With ``overwrite``, the record's run may have made them, and nothing else, of these images.
     """
     for folder in folders:
         record, present = _read_record(folder), folder.file_names()
@@ -179,8 +173,7 @@ def require_same_settings(
             continue
         elif overwrite:
             problem = (
-                f"outputs of other settings, and {min(others)}, which is not one of them or of an "
-                "image that is not in the list"
+                f"outputs of other settings, and files besides those of the list ({min(others)})"
             )
         else:
             problem = (

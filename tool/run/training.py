@@ -135,8 +135,7 @@ def start_training(
 
     ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log.
     Raises DataError if the checkpoint cannot be read or the images do not fill a batch, UsageError
-    if it is of other settings, a batch has no image for some rank, or another process runs the
-    session. All ranks must call it.
+    if settings differ, the session is in use, or a rank gets no image. All ranks must call it.
     """
     session, batch_size = session_name(args), args.batch_size
     if batch_size < devices.world_size():
@@ -176,10 +175,8 @@ def start_training(
         _restore(training, read_checkpoint(found, settings))
     else:
         if weights.exists():
-            devices.print_main(
-                f"WARNING: {weights} is of a finished training, which this one replaces when it "
-                "ends; to keep it, take another --session_name."
-            )
+            hint = "is of a finished training and will be replaced; another --session_name keeps it"
+            devices.print_main(f"WARNING: {weights} {hint}.")
         training.log.start(notes)
         devices.seed_rank(args.seed, step=0)
     if devices.is_main():  # now that the log is locked

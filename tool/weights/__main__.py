@@ -39,17 +39,16 @@ def show(args: argparse.Namespace) -> None:
     file = read_weight_file(args.file)
     count = sum(value.numel() for value in file.tensors.values())
     title = f"{file.form}, {len(file.tensors)} tensors, {count:,} values ({describe(file.found)})"
-    contents, lines = {}, [f"{args.file}: {title}"]
+    print(f"{args.file}: {title}")
+    contents = {}
     for name, value in file.tensors.items():
         shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
         raw = value.detach().contiguous().flatten().view(torch.uint8).numpy()
         digest = hashlib.sha256(raw).hexdigest()[:16]
         contents[name] = {"shape": shape, "dtype": dtype, "sha256": digest}
-        sides = " x ".join(map(str, shape)) or "scalar"
-        lines.append(f"{printable(name)}  {sides}  {dtype}  {digest}")
+        print(f"{printable(name)}  {' x '.join(map(str, shape)) or 'scalar'}  {dtype}  {digest}")
     if args.json:
         write_json(args.json, contents)
-    print("\n".join(lines))
 
 
 def convert(args: argparse.Namespace) -> None:
