@@ -43,9 +43,11 @@ lint: setup
 setup: $(VENV)/.installed
 
 # Installed again whenever the requirements change.
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-crf.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	@$(RUN) -m pip install --quiet -r requirements-crf.txt 2> /dev/null || \
+	    echo "without pydensecrf, which could not be compiled; only comparisons need it"
 	touch $@
 
 clean:

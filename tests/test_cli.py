@@ -234,10 +234,39 @@ def test_numbers_have_a_range(number, accepted, refused):
             number(text)
 
 
-def prepare(devkit, out_dir, stdout):
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import no_such_package", "'no_such_package'"),
+        ("from network.no_such_network import Net", "'network.no_such_network'"),
+        ("from network.tinyd import NoSuchName", "'NoSuchName'"),
+        ("WIDTH = int('wide')", "network.mine_cls cannot be imported"),
+    ],
+)
+def test_a_network_whose_import_fails_says_why(source, words, tmp_path, monkeypatch):
+    (tmp_path / "mine_cls.py").write_text(source)
+    monkeypatch.setattr("network.__path__", [str(tmp_path), *sys.modules["network"].__path__])
+    with pytest.raises(ImportError, match=words):
+        parsed("train_cls", "--network network.mine_cls")
+
+
+def prepare(devkit, out_dir, stdout, **variables):
     command = [sys.executable, "-m", "voc12.prepare", "--voc12_root", devkit, "--out_dir", out_dir]
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, cwd=root, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    root, environment = Path(__file__).parents[1], os.environ | variables
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run(command, cwd=root, env=environment, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"Gr\xf6\xdfe \u5199"), ("cp1252", r"Größe \u5199")]
+)
+def test_output_that_the_stream_lacks_is_escaped(encoding, shown, done, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "printed", "wb") as printed:
+        folder = tmp_path / "Größe 写"
+        prepare(done / "VOC", folder, printed, PYTHONIOENCODING=encoding).check_returncode()
+    lines = (tmp_path / "out" / "printed").read_text(encoding).splitlines()
+    assert f"{tmp_path / shown}/train.txt: 6 images" in lines
 
 
 def test_processes_end_with_their_exit_code(done, tmp_path):

@@ -107,6 +107,8 @@ def test_label_from_the_annotation(devkit):
     label = devkit.image_label("a")
     assert label.dtype == np.float32
     assert label.tolist() == [1, 0, 1]
+    path.unlink()
+    assert devkit.image_label("a").tolist() == [1, 0, 1]  # read once
 
 
 def test_label_file_comes_first_and_annotations_fill_in(devkit, tmp_path):

@@ -13,6 +13,7 @@ from forked import run_forked
 from helpers import REPOSITORY, TINY_TRAINING, Outcome, contents, run_program, write_training_data
 
 from tool.run import devices
+from tool.run.cli import default_num_workers
 from tool.run.errors import UsageError
 from voc12.devkit import read_ids
 
@@ -153,7 +154,7 @@ def test_torchrun_starts_training(runs):
     done = subprocess.run(
         [*launcher, "--nproc_per_node=2", REPOSITORY / f"{name}.py", *words],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "SLURM_NTASKS": "2"},
         capture_output=True,
         text=True,
     )
@@ -161,6 +162,24 @@ def test_torchrun_starts_training(runs):
     assert "epoch 1/1: " in done.stdout
     weights = [(folder / run / "net.pth").read_bytes() for run in ("torchrun", "dropout")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("task", ["RANK 1", "WORLD_SIZE 2", "SLURM_NTASKS 16"])
+def test_tasks_that_torchrun_does_not_join_are_refused(task, runs, monkeypatch):
+    name, value = task.split()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(name, value)
+    infer = "infer_cls --network network.tiny_cls --weights none --voc12_root VOC --out_cam new"
+    for command in (*COMMANDS.values(), infer):
+        run_program(command, runs[0]).assert_failed(2, f"{name} is {value}", "torchrun", "srun")
+
+
+@pytest.mark.parametrize("value", ["", "0", "1", "2(x3)"])
+def test_a_single_task_of_another_launcher_runs_alone(value, monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, value)
+    with devices.process_group(CPU):
+        assert devices.world_size() == 1
 
 
 # Shards
@@ -203,6 +222,22 @@ def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match=r"2 processes .* with 1 GPU.*--nproc_per_node"):
         devices.choose_device("cuda")
+
+
+def test_memory_is_pinned_for_the_chosen_device_alone(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu:0", "cuda", "cuda:1"):
+        with devices.process_group(torch.device(device)):
+            pass
+    assert current == [torch.device("cuda:1")]
+
+
+def test_processes_of_a_machine_share_its_cores_out(launched, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    for processes, workers in ((1, 8), (2, 6), (5, 2), (100, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_num_workers() == workers
 
 
 @each_program

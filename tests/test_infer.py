@@ -213,6 +213,30 @@ def test_overwrite_of_other_settings_makes_all_images_again_or_none(finished):
     assert changed == {name for name in after if name.startswith("ha/")}
 
 
+@pytest.mark.parametrize("stranger", ["figure.png", "{}.gif", "notes.gif"])
+@pytest.mark.parametrize(("flags", "code"), [("", 0), ("--beta 4", 2)])
+def test_overwrite_keeps_pictures_that_the_program_did_not_write(stranger, flags, code, finished):
+    folder = finished("aff")
+    kept = folder / "out" / "rw" / stranger.format(ids_of(folder)[0])
+    kept.write_bytes(b"mine")
+    before = contents(folder / "out")
+    outcome = run_program(f"{COMMANDS['aff']} --overwrite {flags}", folder)
+    assert outcome.code == code
+    assert code == 0 or kept.name in outcome.last_line
+    assert contents(folder / "out") == before
+
+
+def test_overwrite_makes_traces_again_and_keeps_others_of_the_same_settings(finished):
+    folder = finished("aff")
+    first, second, *_ = ids_of(folder)
+    for flags in (f"--trace_ids {first}", f"--trace_ids {second} --overwrite"):
+        run_program(f"{COMMANDS['aff']} --trace walks {flags}", folder).check()
+    assert len(contents(folder / "walks")) == 5  # with the record
+    run_program(f"{COMMANDS['aff']} --trace walks --beta 2 --overwrite", folder).check()
+    names = {path.name for path in (folder / "walks").glob("[!.]*")}
+    assert names == {f"{first}.png", f"{first}.gif"}
+
+
 def test_interrupted_overwrite_continues_without_it(finished, monkeypatch):
     folder = finished("aff")
     # The record, then the second image.

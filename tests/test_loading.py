@@ -3,10 +3,11 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from helpers import REPOSITORY
 
 from tool.run import loading
 from tool.run.errors import DataError
-from tool.run.loading import in_batches, load, load_each, shuffled
+from tool.run.loading import in_batches, load_each, shuffled
 
 each_number_of_workers = pytest.mark.parametrize("num_workers", [0, 2])
+load = partial(loading.load, collate=torch.tensor)  # of numbers
 
 
 def refusal(index):
@@ -94,14 +96,15 @@ def test_data_error_takes_the_place_of_its_sample(num_workers):
 
 
 @each_number_of_workers
-def test_bug_stays_what_it_is(num_workers):
-    with pytest.raises(ZeroDivisionError, match="item 0"):
-        load_all(Samples([ZeroDivisionError("item 0")]), [[0]], num_workers)
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError])
+def test_bug_stays_what_it_is(kind, num_workers):
+    with pytest.raises(kind, match="item 0"):
+        load_all(Samples([kind("item 0")]), [[0]], num_workers)
 
 
-def run_script(script):
+def run_script(script, *launcher):
     """Run it in a process of its own, because torch reports a dead worker in others, too."""
-    command = [sys.executable, "-c", script]
+    command = [*launcher, sys.executable, "-c", script]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
@@ -114,32 +117,50 @@ class Deadly:
 with load(Deadly(), [[0]], num_workers=1) as batches:
     next(batches)
 """
+UNSENT_BATCH = """
+from tool.run.loading import load_each
+class Large:
+    def __reduce__(self):
+        raise MemoryError
+with load_each([0, Large(), 2], num_workers=2) as samples:
+    list(samples)
+"""
 
 
-def test_worker_that_dies_is_a_data_error():
-    last_line = run_script(KILLED_WORKER).stderr.splitlines()[-1]
+@pytest.mark.parametrize("script", [KILLED_WORKER, UNSENT_BATCH])
+def test_worker_that_dies_or_cannot_send_is_a_data_error(script):
+    last_line = run_script(script).stderr.splitlines()[-1]
     assert re.search(r"DataError: a loader process died.*--num_workers", last_line)
 
 
-class Lost:
-    """Its samples do not come, as when shared memory is full."""
+SMALL = """
+import torch
+from tool.run.loading import load, load_each
+samples = [(torch.full((3, 256, 256), float(k)), torch.tensor([k])) for k in range(24)]
+with load(samples, ([k, k + 1] for k in range(0, 24, 2)), 3) as batches:
+    assert [label.tolist() for _, label in batches] == [[[k], [k + 1]] for k in range(0, 24, 2)]
+with load_each(samples, 3) as loaded:
+    assert all(image.eq(k).all() and label == k for k, (image, label) in enumerate(loaded))
+"""
 
-    def __getitem__(self, index):
-        time.sleep(3)
 
-
-def test_a_batch_that_does_not_come_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(loading, "LOST_SECONDS", 1)
-    with (
-        pytest.raises(DataError, match=r"timed out.*/dev/shm.*--num_workers"),
-        load(Lost(), [[0]], num_workers=1) as batches,
-    ):
-        next(batches)
+@pytest.mark.parametrize(
+    ("size", "code", "words"),
+    [("1M", 0, ""), ("64k", 1, r"DataError: loader processes cannot start .*No space.*/dev/shm")],
+)
+def test_little_shared_memory(size, code, words):
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" "$@"'
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"]).returncode:
+        pytest.skip("not permitted to mount")
+    done = run_script(SMALL, *mounted)
+    assert done.returncode == code, done.stderr
+    assert re.search(words, done.stderr)
 
 
 ABANDONED = """
 from tool.run.loading import load
-with load([0, 1, 2, 3], [[0], [1], [2], [3]], num_workers=2) as batches:
+with load([0, 1, 2, 3], [[0], [1], [2], [3]], num_workers=2, collate=sum) as batches:
     print(int(next(batches)), flush=True)
     raise KeyError("what was not foreseen")
 """

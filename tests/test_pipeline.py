@@ -242,11 +242,13 @@ def test_an_unfinished_training_continues(tmp_path, plan):
     assert (tmp_path / "out" / "cls.ckpt").exists()
 
 
-def test_flags_of_later_stages_are_parsed_before_the_first_runs(tmp_path):
+def test_flags_of_later_stages_are_parsed_before_the_first_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     command = f"{PIPELINE} {VGG} --train_aff_args"
     taken = run_program(f"{command} '--session_name x'", tmp_path)
     taken.assert_failed(2, "--train_aff_args", "the pipeline itself sets --session_name")
     run_program(f"{command} '--lr 0'", tmp_path).assert_failed(2, "--train_aff_args", "--lr", "'0'")
+    run_program(f"{command} '--lr ü'", tmp_path).assert_failed(2, "--train_aff_args", "--lr")
     run_program(f"{command} '--lr \"0.1'", tmp_path).assert_failed(2, "--train_aff_args")
     run_program(f"{command} '' --from infer_aff --stages evaluate", tmp_path).assert_failed(2)
     assert not (tmp_path / "out").exists()

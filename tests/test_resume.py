@@ -1,5 +1,6 @@
 """A training that was killed or stopped continues, and ends as if nothing had happened."""
 
+import fcntl
 import io
 import os
 import pickle
@@ -157,13 +158,42 @@ def test_resume_from_another_place(stopped, undisturbed, folder):
     assert (folder / "kept").exists()
 
 
+def test_ended_and_interrupted_runs_complete_the_files_of_tensorboard(folder):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stopped = f"{COMMANDS['cls']} --tensorboard stopped"
+    ended = f"{COMMANDS['cls']} --tensorboard ended --resume never"
+    run_forked(
+        {"command": stopped, "cwd": folder, "signal": "SIGTERM", "at_step": 6},
+        {"command": ended, "cwd": folder},
+    )
+    for name, steps, epochs in (("stopped", [3, 4, 6], [4]), ("ended", [3, 4, 6, 8], [4, 8])):
+        events = reader.EventAccumulator(str(folder / name)).Reload()
+        assert [event.step for event in events.Scalars("loss")] == steps
+        assert [event.step for event in events.Scalars("validation loss")] == epochs
+
+
 # Refused
 
 
-def assert_refused(path, command, *words):
+def test_a_session_in_use_is_refused(stopped, tmp_path):
+    path = copy_of(stopped, "cls", tmp_path)
+    (path / "out" / ".run.ckpt.0123.tmp").write_bytes(b"still growing")
+    before = contents(path / "out")
+    run = {"command": COMMANDS["cls"], "cwd": path}
+    again = run | {"command": f"{COMMANDS['cls']} --resume never"}
+    with open(path / "out" / "run.log", "a") as log:
+        fcntl.lockf(log, fcntl.LOCK_EX)
+        for (outcome,) in run_forked(run, again):
+            words = "--session_name out/run: another training is writing out/run.log"
+            Outcome(*outcome).assert_failed(2, words)
+    assert contents(path / "out") == before
+    run_program(COMMANDS["cls"], path).check()
+
+
+def assert_refused(path, command, *words, code=2):
     """One sentence with the words, and everything stays as it was."""
     before = contents(path / "out")
-    run_program(command, path).assert_failed(1, *words)
+    run_program(command, path).assert_failed(code, *words)
     assert contents(path / "out") == before
 
 
@@ -211,7 +241,7 @@ def test_damaged_checkpoint_is_refused(stopped, tmp_path):
     pickled = pickle.dumps(Deadly(), protocol=2)
     for damaged in (content[: len(content) // 2], b"", weights.getvalue(), pickled):
         checkpoint.write_bytes(damaged)
-        assert_refused(path, COMMANDS["cls"], "out/run.ckpt: ", "--resume never")
+        assert_refused(path, COMMANDS["cls"], "out/run.ckpt: ", "--resume never", code=1)
 
 
 class Deadly:

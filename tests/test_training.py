@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import errno
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -200,12 +202,26 @@ def test_signal_ends_after_the_step_with_a_checkpoint(training):
     assert training(FourGroups(), 3).step == 1
 
 
-def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path):
+def test_a_file_system_or_platform_without_locks_is_no_obstacle(training, monkeypatch):
+    lockf = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr("tool.run.log.fcntl.lockf", lockf)
+    assert Path(f"{training(FourGroups(), 1).session}.log").read_text().endswith("a note\n")
+    monkeypatch.setattr("tool.run.log.fcntl", None)
+    assert Path(f"{training(FourGroups(), 1).session}.log").read_text().endswith("a note\n")
+    lockf.assert_called()
+
+
+def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path, capsys):
     run = training(FourGroups(), 2, epochs=2, flags="--lr 1e-6")
     train(run, 2, 0.1, 0.1, 0.1, 0.1)
     assert run.checkpoint.exists()
     finish(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
+    finished = (tmp_path / "run.pth").read_bytes()
+    assert "WARNING" not in capsys.readouterr().out
+    training(FourGroups(), 2)  # which replaces it when it ends
+    assert re.search(r"WARNING: .*run\.pth .*finished.*--session_name", capsys.readouterr().out)
+    assert (tmp_path / "run.pth").read_bytes() == finished
 
 
 def test_lack_of_memory_names_the_flags(training):
@@ -226,7 +242,7 @@ def test_loss_that_is_not_finite_names_the_fresh_layers(training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TINY_TRAINING)
+@pytest.mark.parametrize("kind", ["cls", "aff"])
 def test_resnet50_learns(kind, tmp_path):
     write_training_data(tmp_path, 5)
     command = TINY_TRAINING[kind].replace("tiny_", "resnet50_")
@@ -280,6 +296,15 @@ def test_resumed_log_and_table_forget_what_came_after_the_checkpoint(tmp_path):
     assert (tmp_path / "s.log").read_text().splitlines() == lines
     rows = "step,epoch,lr,loss\n10,1,0.1,0.3333333\n20,2,1e-12,1.234568e+07\n"
     assert (tmp_path / "s.csv").read_text() == rows
+
+
+def test_a_line_that_cannot_be_printed_is_in_the_log(tmp_path, monkeypatch):
+    log = Log(tmp_path / "s", [])
+    log.start([])
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        log.write("epoch 1/2: 写 \udcfc")  # as in a path that is not UTF-8
+    assert (tmp_path / "s.log").read_text().endswith("epoch 1/2: 写 \\udcfc\n")
 
 
 def test_tensorboard_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def _divided(numbers: Tensor, divisor: float) -> Tensor:
 def _pydensecrf_inference(
     image: np.ndarray, log_scores: np.ndarray, steps: int, gaussian: dict, bilateral: dict
 ) -> list[np.ndarray]:
-    from pydensecrf.densecrf import DenseCRF2D  # optional, see requirements.txt
+    from pydensecrf.densecrf import DenseCRF2D  # optional, see requirements-crf.txt
 
     height, width = image.shape[:2]
     model = DenseCRF2D(width, height, log_scores.shape[1])

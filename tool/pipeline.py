@@ -256,7 +256,8 @@ def require_flags(args: argparse.Namespace, words_of: dict[str, list[str]]) -> N
             raise UsageError(f"--{stage}_args: the pipeline itself sets {min(fixed)}.")
         parse = f"import {stage}; {stage}.get_args_parser().parse_args()"
         command = [sys.executable, "-c", parse, *words[1:]]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        output = {"capture_output": True, "text": True, "errors": "backslashreplace"}
+        done = subprocess.run(command, env=environment(), **output)
         if done.returncode == cli.EXIT_USAGE:  # for any other reason, the stage itself says why
             problem = done.stderr.strip().rpartition("error: ")[2]
             raise UsageError(f"--{stage}_args: {problem}")

@@ -189,7 +189,7 @@ class Devkit:
             raise DataError(
                 f"{root}: has no folder JPEGImages; --voc12_root must name the devkit's VOC2012."
             )
-        self._labels: dict = {}
+        self._labels: dict = {}  # of the file, later also of annotations that were read
         if label_file is not None and (label_file != LABEL_FILE or Path(label_file).exists()):
             self._labels = read_labels(label_file, self.class_names)
 
@@ -215,9 +215,9 @@ class Devkit:
     def require_labelled_images(self, ids: Sequence[str]) -> str:
         """Raise DataError if a photograph or label is missing; return where labels are from."""
         self.require_images(ids)
+        from_file = sum(image_id in self._labels for image_id in ids)
         for image_id in ids:
             self.image_label(image_id)
-        from_file = sum(image_id in self._labels for image_id in ids)
         annotated = len(ids) - from_file
         return f"labels: {from_file} from {self.label_file}, {annotated} from annotations"
 
@@ -237,7 +237,7 @@ class Devkit:
     def image_label(self, image_id: str) -> np.ndarray:
         """float32 [classes], 1 where the class is in the image; raises DataError without one."""
         if image_id not in self._labels:
-            return self.annotated_label(image_id)
+            self._labels[image_id] = self.annotated_label(image_id)
         try:
             label = np.asarray(self._labels[image_id], np.float32)
         except (TypeError, ValueError):

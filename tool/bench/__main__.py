@@ -95,9 +95,9 @@ def main(args: argparse.Namespace) -> None:
     else:
         figures = compare(args.function(args, device), args.repeats, device)
         figures |= {f"{side}_peak_mb": peak_in_child(side) for side in ("baseline", "ours")}
-    print_figures(figures)
     if args.json:
         write_json(args.json, figures)
+    print_figures(figures)
 
 
 if __name__ == "__main__":

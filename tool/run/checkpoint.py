@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tool.run.devices import gather
-from tool.run.errors import DataError
+from tool.run.errors import DataError, UsageError
 from tool.run.provenance import differences
 from tool.weights.pytorch import load_tensors, save_tensors
 
@@ -39,7 +39,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
     """The content of a checkpoint of a run with the same settings.
 
-    Raises DataError if it cannot be read, is no checkpoint, or names the settings that differ.
+    Raises DataError if it cannot be read or is no checkpoint, UsageError if settings differ.
     """
     try:
         content = load_tensors(path, "checkpoint")
@@ -49,7 +49,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, str]) -> dict[str, Any]:
         raise DataError(f"{path}: not a checkpoint of a training of this version; {NEW_START}.")
     found = differences(content["settings"], settings)
     if found:
-        raise DataError(
+        raise UsageError(
             f"{path}: is of a run with other settings: {found}; "
             f"repeat that run's command, or take another --session_name; {NEW_START}."
         )

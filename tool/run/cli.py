@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import io
 import math
 import os
 import pkgutil
@@ -32,6 +33,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     143 ended by SIGTERM between two steps, 141 the reader of the output has gone.
     An unforeseen exception keeps its traceback: it is a bug to report.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr escapes what it cannot encode, anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     try:
         main(args)
@@ -41,7 +44,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except BrokenPipeError:
         # Whoever read the output has seen enough (| head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_SIGNAL + signal.SIGPIPE)
+        sys.exit(EXIT_SIGNAL + 13)  # SIGPIPE, which Windows lacks
     except (DataError, OSError) as error:
         _leave(f"error: {sentence(error)}", EXIT_DATA)
     except Interrupted as error:
@@ -159,6 +162,8 @@ def network(*attributes: str) -> Callable[[str], ModuleType]:
             )
             message = f"there is no network {name!r}, but {known}"
             raise argparse.ArgumentTypeError(message) from error
+        except (TypeError, ValueError) as error:  # argparse would blame the flag
+            raise ImportError(f"network.{module} cannot be imported") from error
         if not any(hasattr(getattr(loaded, "Net", None), name) for name in attributes):
             kinds = " or ".join(NETWORK_KINDS[name] for name in attributes)
             raise argparse.ArgumentTypeError(f"{name!r} is not {kinds}")
@@ -301,9 +306,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_num_workers() -> int:
-    """The released code's 8, or as many as there are cores that this process may use."""
+    """The released code's 8, or this process's share of the cores that it may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+    return min(8, max(1, (cores or 1) // processes))
 
 
 def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:

@@ -24,6 +24,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What torchrun sets in the environment of a process; with fewer of them, it was started alone.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What other launchers set in the environment of a task, and the largest value where there is one.
+SINGLE_TASK = {"RANK": 0, "WORLD_SIZE": 1, "SLURM_NTASKS": 1, "OMPI_COMM_WORLD_SIZE": 1}
 # Words that tell a failed exchange between ranks from other runtime errors.
 EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "tcpstore")
 
@@ -168,13 +170,14 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
     """Within the block: the processes that torchrun started are joined, if it started any.
 
     ``timeout`` is how long a rank may have to wait for another one (default: PyTorch's). Raises
-    DataError where another rank is lost.
+    DataError where another rank is lost, UsageError for one of several tasks that are not joined.
     """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # or pinning memory would take some on GPU 0, too
     if not was_launched():
+        _require_single_task()
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=timeout)
@@ -188,6 +191,16 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
         ) from error
     # Not after an error: it would wait for those that are lost.
     dist.destroy_process_group()
+
+
+def _require_single_task() -> None:
+    for name, largest in SINGLE_TASK.items():
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > largest:
+            raise UsageError(
+                f"{name} is {value}, but torchrun did not start these tasks: each would do all of "
+                "the work; use torchrun (docs/clusters.md) or, for one task, srun --ntasks=1."
+            )
 
 
 def rank() -> int:

@@ -7,13 +7,18 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from tool.files import make_folder
 from tool.run.devices import is_main, world_size
 from tool.run.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Whose versions, besides PyTorch's, can change a training's numbers.
 PACKAGES = ("torchvision", "numpy", "pillow")
@@ -46,14 +51,20 @@ class Log:
     """``<session>.log`` for people, ``<session>.csv`` for plots, TensorBoard's files on request.
 
     The log holds no times: two runs of the same command and seed have equal logs. Only the first
-    rank writes.
+    rank writes. ``start`` and ``resume`` lock the files until ``close``; they raise UsageError
+    where another process has done so.
     """
 
     def __init__(self, session: str, head: list[str], tensorboard: str | None = None):
-        self.head = head
+        self.session, self.head = session, head
         self.texts = {"log": "", "csv": ""}
-        self._paths = {kind: Path(f"{session}.{kind}") for kind in self.texts}
+        self._files: dict[str, IO[str]] = {}
         self._tensorboard = _summary_writer(tensorboard) if tensorboard else None
+
+    def close(self) -> None:
+        """Close all files; TensorBoard's are complete only then."""
+        for file in filter(None, (*self._files.values(), self._tensorboard)):
+            file.close()
 
     def start(self, notes: list[str]) -> None:
         """Begin both files, in place of older ones."""
@@ -72,8 +83,8 @@ class Log:
     def write(self, message: str) -> None:
         """Add a line to the log and print it."""
         if is_main():
-            print(message, flush=True)
             self._append("log", message)
+            print(message, flush=True)
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
         """Add a row to the table: the step, then the values, always the same ones in that order."""
@@ -92,15 +103,28 @@ class Log:
 
     def _replace(self, texts: Mapping[str, str]) -> None:
         self.texts = dict(texts)
-        if is_main():
-            for kind, path in self._paths.items():
-                make_folder(path.parent)
-                path.write_text(texts[kind], "utf-8")
+        for kind, text in texts.items() if is_main() else ():
+            self._files[kind] = self._open_locked(Path(f"{self.session}.{kind}"))
+            self._files[kind].truncate(0)
+            self._files[kind].write(text)
+
+    def _open_locked(self, path: Path) -> IO[str]:
+        make_folder(path.parent)
+        file = open(path, "a", 1, "utf-8", "backslashreplace")  # noqa: SIM115 (flushes each line)
+        try:
+            if fcntl:
+                # Ends with the process, however that ends; loader processes do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            problem = f"another training is writing {path}; wait for its end, or take another name"
+            raise UsageError(f"--session_name {self.session}: {problem}.") from error
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def _append(self, kind: str, line: str) -> None:
         self.texts[kind] += line + "\n"
-        with open(self._paths[kind], "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._files[kind].write(line + "\n")
 
 
 def _summary_writer(folder: str) -> Any:

@@ -124,21 +124,17 @@ class OutputFolder:
         return self.path / RECORDS[self.suffixes[0]]
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        """The endings of all files with this record, whatever their format."""
-        return tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
-
-    @property
     def content(self) -> dict[str, Any]:
         """What the record must hold."""
         return {"origin": self.origin, "settings": dict(sorted(self.settings.items()))}
 
     def file_names(self) -> set[str]:
-        """The names of all files of this kind in the folder."""
+        """The names of all files in the folder that have this record, whatever their format."""
         if not self.path.is_dir():
             return set()
+        kind = tuple(suffix for suffix in RECORDS if RECORDS[suffix] == self.record.name)
         names = (name for name in os.listdir(self.path) if not name.startswith("."))
-        return {name for name in names if name.endswith(self.kind)}
+        return {name for name in names if name.endswith(kind)}
 
     def file_names_of(self, ids: Iterable[str]) -> set[str]:
         """The names of files that these images have there when they are complete."""
@@ -149,9 +145,13 @@ class OutputFolder:
             for suffix in self.suffixes
         }
 
-    def file_names_in_any_format(self, ids: Iterable[str]) -> set[str]:
-        """The names that files of this kind can have for these images."""
-        return {image_id + suffix for image_id in ids for suffix in self.kind}
+    def file_names_to_replace(self, record: Mapping[str, Any], ids: Iterable[str]) -> set[str]:
+        """The names of these images' files that the run of that record has made."""
+        if record == self.content:
+            return self.file_names_of(ids)
+        suffix = MAP_FORMATS.get(record["settings"].get("out_format"), ".png")
+        suffixes = (".png", ".gif") if record["origin"].endswith("--trace") else (suffix,)
+        return {image_id + suffix for image_id in ids for suffix in suffixes}
 
 
 def require_same_settings(
@@ -159,13 +159,13 @@ def require_same_settings(
 ) -> None:
     """Raise UsageError if a folder holds outputs that are not known to be of these settings.
 
-    With ``overwrite``, outputs of other settings may be there if all are of these images.
+    With ``overwrite``, the record's run may have made them, and nothing else, of these images.
     """
     for folder in folders:
         record, present = _read_record(folder), folder.file_names()
         if record == folder.content or not present:
             continue
-        others = present - folder.file_names_in_any_format(ids)
+        others = present - folder.file_names_to_replace(record, ids) if record else present
         ways = "name another folder"
         if record is None:
             problem = "outputs, but no record of the settings that made them"
@@ -173,7 +173,7 @@ def require_same_settings(
             continue
         elif overwrite:
             problem = (
-                f"outputs of other settings, of images that are not in the list ({min(others)})"
+                f"outputs of other settings, and files besides those of the list ({min(others)})"
             )
         else:
             problem = (
@@ -203,13 +203,14 @@ def prepare_folders(folders: Iterable[OutputFolder], ids: Sequence[str], overwri
     To be called after ``require_same_settings`` and before any output.
     """
     for folder in folders:
-        if overwrite:
-            for name in folder.file_names_in_any_format(ids):
+        record = _read_record(folder)
+        if overwrite and record:
+            for name in folder.file_names_to_replace(record, ids):
                 (folder.path / name).unlink(missing_ok=True)
         for path in folder.path.glob(TEMPORARY_NAME.format("*", "*")):
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink(missing_ok=True)
-        if _read_record(folder) != folder.content:
+        if record != folder.content:
             write_json(folder.record, folder.content)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tool.files import make_folder, remove_leftovers
+from tool.files import remove_leftovers
 from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from tool.run.devices import StopSignals, Switches
@@ -154,8 +154,8 @@ def start_training(
 
     ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log;
     ``fresh_layers`` is what ``load_start_weights`` returned.
-    Raises DataError if the checkpoint cannot be used or the images do not fill a batch, UsageError
-    if a batch has no image for some rank. All ranks must call it.
+    Raises DataError if the checkpoint cannot be read or the images do not fill a batch, UsageError
+    if settings differ, the session is in use, or a rank gets no image. All ranks must call it.
     """
     session, batch_size = session_name(args), args.batch_size
     if batch_size < devices.world_size():
@@ -195,18 +195,21 @@ def start_training(
         fresh_layers=fresh_layers,
         poly_first_only=getattr(args, "poly_first_group", False),
     )
-    if devices.is_main():
-        make_folder(training.checkpoint.parent)
-        for path in (training.checkpoint, f"{session}.pth"):
-            remove_leftovers(path)
+    weights = Path(f"{session}.pth")
     found = find_checkpoint(args.resume, training.checkpoint)
     if found:
         _restore(training, read_checkpoint(found, settings))
     else:
-        if devices.is_main():
-            training.checkpoint.unlink(missing_ok=True)
+        if weights.exists():
+            hint = "is of a finished training and will be replaced; another --session_name keeps it"
+            devices.print_main(f"WARNING: {weights} {hint}.")
         training.log.start(notes)
         devices.seed_rank(args.seed, step=0)
+    if devices.is_main():  # now that the log is locked
+        for path in (training.checkpoint, weights):
+            remove_leftovers(path)
+        if not found:
+            training.checkpoint.unlink(missing_ok=True)
     training.model = devices.data_parallel(net, device)
     return training
 
@@ -215,7 +218,8 @@ def start_training(
 def open_batches(training: Training, dataset: Dataset, num_workers: int) -> Iterator[Iterator[Any]]:
     """Within the block: the batches of all steps to come; signals wait for the end of a step."""
     order, on_gpu = remaining_batches(training), training.device.type == "cuda"
-    with training.stop, load(dataset, order, num_workers, pin_memory=on_gpu) as batches:
+    loaded = load(dataset, order, num_workers, pin_memory=on_gpu)
+    with closing(training.log), training.stop, loaded as batches:
         yield batches
 
 
