@@ -213,6 +213,18 @@ def test_overwrite_of_other_settings_makes_all_images_again_or_none(finished):
     assert changed == {name for name in after if name.startswith("ha/")}
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"), [("aff", "--beta 4 --out_scores out/scores --trace out/t"), ("seg", "--crf")]
+)
+def test_overwrite_of_other_settings_replaces_every_kind_of_output(name, flags, folder):
+    run_program(f"{COMMANDS[name]} {flags}", folder).check()
+    before = contents(folder / "out")
+    run_program(f"{COMMANDS[name]} {flags} --seed 1 --weights none --overwrite", folder).check()
+    after = contents(folder / "out")
+    assert after.keys() == before.keys()
+    assert not [path for path in after if ".settings" in path and after[path] == before[path]]
+
+
 @pytest.mark.parametrize("stranger", ["figure.png", "{}.gif", "notes.gif"])
 @pytest.mark.parametrize(("flags", "code"), [("", 0), ("--beta 4", 2)])
 def test_overwrite_keeps_pictures_that_the_program_did_not_write(stranger, flags, code, finished):

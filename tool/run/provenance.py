@@ -149,8 +149,10 @@ class OutputFolder:
         """The names of these images' files that the run of that record has made."""
         if record == self.content:
             return self.file_names_of(ids)
-        suffix = MAP_FORMATS.get(record["settings"].get("out_format"), ".png")
-        suffixes = (".png", ".gif") if record["origin"].endswith("--trace") else (suffix,)
+        flag = record["origin"].rpartition("--")[2]
+        format_ = record["settings"].get("out_format")
+        other = {"trace": (".png", ".gif"), "out_scores": (".npz",)}
+        suffixes = other.get(flag, (MAP_FORMATS.get(format_, ".png"),))
         return {image_id + suffix for image_id in ids for suffix in suffixes}
 
 
