@@ -14,6 +14,7 @@ Several GPUs of one machine, or of several that share the folders:
     torchrun --nproc_per_node=4 infer_seg.py ...
 
 Writes an index image <id>.png into SEG; the id of a photograph is its name without the ending.
+With --images, photographs are turned as their EXIF orientation says.
 Images that are there are skipped, so a command that was killed continues when it is repeated.
 """
 
@@ -182,7 +183,7 @@ def infer_all(args: argparse.Namespace, device: torch.device, stop: StopSignals)
     folders = output_folders(args, photographs, class_names)
     run = Run("infer_seg", list(photographs), folders, stop, args.overwrite, args.skip_bad)
     own = [(image_id, photographs[image_id]) for image_id in run.ids]
-    dataset = PhotographSet(own, net.normalize, args.scales)
+    dataset = PhotographSet(own, net.normalize, args.scales, upright=bool(args.images))
     with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
         for sample in run.each(samples):
             scores = segment(net, sample, args, device)

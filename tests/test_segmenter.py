@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import noise_image, run_program, write_image, write_mask
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 
 from network import tiny_seg
@@ -211,6 +211,14 @@ def test_any_photographs_are_segmented_and_drawn_over(folder):
             assert overlay.size == (70, 50 + 20 * present)
             assert present > 1
     assert len(list((folder / "seg").glob("[!.]*"))) == 3
+
+
+def test_photographs_are_turned_upright(folder):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise_image(50, 70).save(folder / "photos" / "turned.jpg", exif=exif)
+    run_program(f"{SEGMENT} --images photos/turned.jpg", folder).check()
+    assert load_index_png(folder / "seg" / "turned.png").shape == (70, 50)
 
 
 def test_other_photographs_of_the_same_names_are_no_repetition(folder):

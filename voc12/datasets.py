@@ -184,13 +184,14 @@ class PhotographSet(Dataset):
     photographs: Sequence[tuple[str, Path]]  # id and file
     normalize: Callable[[np.ndarray], np.ndarray]
     scales: Sequence[float]
+    upright: bool  # as EXIF says
 
     def __len__(self) -> int:
         return len(self.photographs)
 
     def __getitem__(self, index: int) -> PhotographSample:
         image_id, path = self.photographs[index]
-        image = load_photograph(path)
+        image = load_photograph(path, self.upright)
         scaled = at_scales(image, self.scales, self.normalize)
         return PhotographSample(image_id, np.array(image), scaled)
 

@@ -18,7 +18,7 @@ from xml.etree.ElementTree import ParseError
 import defusedxml.ElementTree
 import numpy as np
 from defusedxml.common import DefusedXmlException
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from tool.labels import VOID
 from tool.maps import load_index_png, load_npy_dict, maps_file, open_image
@@ -303,10 +303,15 @@ class Devkit:
             raise DataError(f"{path.parent}: {problem}; write the k-th class as k.")
 
 
-def load_photograph(path: Path) -> Image.Image:
-    """A photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted."""
+def load_photograph(path: Path, upright: bool = False) -> Image.Image:
+    """A photograph as RGB; gray, palette, CMYK, 16-bit and transparent ones are converted.
+
+    With ``upright``, it is turned as its EXIF orientation says and viewers show it.
+    """
     image = open_image(path)
     try:
+        if upright:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # gray; Pillow's own conversion clips at 255
             image = Image.fromarray(_eight_bits(np.array(image)))
         return image.convert("RGB")
