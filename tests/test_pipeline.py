@@ -122,7 +122,8 @@ def plan(tmp_path, monkeypatch):
         planned.out = run_program(f"{PIPELINE} {flags}", tmp_path).check().out
         return list(commands)
 
-    (tmp_path / "out").mkdir()
+    for folder in ("rw_crf", "seg"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
     monkeypatch.setattr(pipeline, "run", pretend)
     monkeypatch.setattr(pipeline, "require_flags", lambda *_: None)  # pretend parses them, too
     return planned
@@ -270,6 +271,16 @@ def test_our_figures_stand_beside_the_published_ones(tmp_path, plan):
     assert "| 47.7 |" in plan.out
     assert "- Trained from random numbers" in plan.out
     assert "- Not the network's recipe: infer_aff was run with --alpha 8." in plan.out
+
+
+def test_the_segmenter_may_be_left_out(tmp_path, plan):
+    for folder in ("rw_crf", "seg"):
+        (tmp_path / "out" / folder).rmdir()
+    labels = ["prepare", "train_cls", "infer_cls", "train_aff", "infer_aff", "evaluate"]
+    commands = plan(f"{VGG} --stages {' '.join(labels)}")
+    assert [args.json for args in of(commands, "evaluate")][-1] == "out/rw_crf_train.json"
+    assert "| segmenter |" not in plan.out
+    assert names(plan(f"{VGG} --stages evaluate")) == ["evaluate"] * 4
 
 
 def test_no_published_figures_stand_beside_other_data_or_networks(plan):
