@@ -212,6 +212,7 @@ def test_a_table_of_columns_and_other_photographs(photographs):
         (FOLDERS, "DIR/dog/readme.txt", b"", ("DIR/dog", "no photographs")),
         (FOLDERS, "DIR/#1/x.jpg", b"", ("classes.txt", "#1")),
         (FOLDERS, "OUT/JPEGImages/x.jpg", b"", ("x.jpg", "--out_dir")),
+        (FOLDERS, "OUT/JPEGImages/1.jpg", b"another", ("OUT/JPEGImages/1.jpg", "DIR/cat/1.jpg")),
         (FOLDERS.replace("DIR", "none"), "x", b"", ("none",)),
         (TABLE, "table.csv", b"11,cat\n1,dog", ("table.csv", "'11'")),
         (TABLE, "table.csv", b"id,class\n1,dog", ("table.csv", "'id'")),

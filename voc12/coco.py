@@ -213,8 +213,8 @@ def main(args: argparse.Namespace) -> None:
         require_files(folder, files, "", "the annotations name it")
         lists[split], contents[path.name] = sorted(found), provenance.digest_file(path)
         class_names, pictures = names, pictures | found
-    write_class_names(out / "classes.txt", class_names)
     transfer_photographs(out, {key: value.photograph for key, value in pictures.items()}, args.copy)
+    write_class_names(out / "classes.txt", class_names)
     write_masks(args, pictures, contents)
     for split, ids in lists.items():
         with atomic_write(out / "ImageSets" / "Segmentation" / f"{split}.txt") as file:

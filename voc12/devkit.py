@@ -347,9 +347,9 @@ def find_photographs(paths: Iterable[str]) -> dict[str, Path]:
         for file in files:
             if not file.is_file():
                 raise DataError(f"{file}: no such file or folder.")
+            require_ids(file.parent, [file.stem])
             if found.setdefault(file.stem, file) != file:
                 raise DataError(f"{file}: has the name of {found[file.stem]}; rename one.")
-    require_ids("--images", found)
     return found
 
 

@@ -175,8 +175,8 @@ def prepare_photographs(args: argparse.Namespace) -> None:
     if num_val >= len(ids):
         raise DataError(f"{source}: {len(ids)} images are too few to split by --val_share.")
     out = Path(args.out_dir)
-    write_class_names(out / "classes.txt", class_names)
     transfer_photographs(out, photographs, args.copy)
+    write_class_names(out / "classes.txt", class_names)
     lists = {"train": sorted(ids[num_val:]), "val": sorted(ids[:num_val])}
     write_lists(out, class_names, lists, names_of)
 
