@@ -65,6 +65,7 @@ class Picture(NamedTuple):
 
 def _compact(entry: dict) -> dict:
     """An entry of the file with its long lists of numbers as arrays, which take less memory."""
+    entry.pop("bbox", None)
     if isinstance(entry.get("segmentation"), list):
         entry["segmentation"] = [np.array(points, float) for points in entry["segmentation"]]
     elif isinstance(entry.get("counts"), list):
