@@ -19,7 +19,9 @@ out those that an image does not have there. docs/seeds.md lists the forms of ma
 """
 
 import argparse
+import contextlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from tool.labels import index_image
 from tool.maps import MAP_FORMATS, save_index_png, save_maps
 from tool.run import cli
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
-from tool.run.errors import UsageError
+from tool.run.errors import DataError, UsageError
 from tool.run.inference import Run, join_ranks
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest, digest_maps, settings_of, weights_settings
@@ -43,6 +45,15 @@ from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, re
 
 MAP_FOLDERS = ("out_cam", "out_la_crf", "out_ha_crf")
 OUTPUT_FOLDERS = (*MAP_FOLDERS, "out_cam_pred")
+# Bytes that a pixel of a CAM and of a CRF score take on a disk, by --out_format and --out_dtype:
+# measured on photographs of VOC, see docs/data.md.
+BYTES_OF_MAPS = {
+    ("npy", "float32"): (4, 4),
+    ("npy", "float16"): (2, 2),
+    ("npz", "float32"): (3, 2.6),
+    ("npz", "float16"): (1.4, 0.5),
+}
+IMAGES_ESTIMATED = 8
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -156,6 +167,31 @@ def infer_image(
     return classes, cam.cpu().numpy()
 
 
+def warn_of_full_disk(
+    args: argparse.Namespace, dataset: MultiScaleSet | AffinityInferenceSet, num_images: int
+) -> None:
+    """Print a warning if the maps, by an estimate from a few images, do not fit on a disk."""
+    cam, crf = BYTES_OF_MAPS[args.out_format, args.out_dtype]
+    sizes = []  # of an image's CAM file and CRF file
+    for index in range(0, len(dataset), max(1, len(dataset) // IMAGES_ESTIMATED)):
+        with contextlib.suppress(DataError):  # reported when it is its turn
+            sample = dataset[index]
+            classes = len(sample.classes) if args.cam_dir else sample.label.sum()
+            pixels = sample.photograph.size / 3
+            sizes.append((cam * pixels * classes, crf * pixels * (classes + 1)))
+    folders = [Path(getattr(args, name)).absolute() for name in MAP_FOLDERS if getattr(args, name)]
+    if not sizes or not folders:
+        return
+    cam_size, crf_size = np.mean(sizes, axis=0)
+    crf_folders = len(folders) - bool(args.out_cam)
+    needed = num_images * (cam_size * bool(args.out_cam) + crf_size * crf_folders)
+    there = (next(filter(Path.exists, (path, *path.parents))) for path in folders)
+    free = min(shutil.disk_usage(path).free for path in there)
+    if needed > free:
+        figures = f"about {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"
+        print_main(f"WARNING: the maps need {figures}; see --out_format and --out_dtype.")
+
+
 def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals) -> None:
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
@@ -178,6 +214,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
         dataset = AffinityInferenceSet(devkit, run.ids, np.asarray, *maps)
     else:
         dataset = MultiScaleSet(devkit, run.ids, net.normalize, args.scales)
+    warn_of_full_disk(args, dataset, len(run.todo))
     pinned = device.type == "cuda"
     with run, load_each(dataset, args.num_workers, pinned) as samples:
         for sample in run.each(samples):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -525,3 +526,18 @@ def test_old_unfinished_files_are_removed(folder, undisturbed):
     # The other one may still be growing.
     expected = undisturbed["aff"] | {"rw/.b.png.4567.tmp": b"half"}
     assert contents(folder / "out") == expected
+
+
+@pytest.mark.parametrize("flags", ["", "--out_format npz --out_dtype float16", "--cam_dir cam"])
+def test_warns_before_it_starts_if_the_disk_is_too_small(flags, folder, monkeypatch):
+    command = f"{COMMANDS['cls']} {flags}"
+    command = command.replace("--weights cls.pth", "") if "cam_dir" in flags else command
+    estimates = []
+    for free, is_warned in ((10**12, False), (1, True)):
+        space = shutil._ntuple_diskusage(free, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, space=space: space)
+        result = run_program(f"{command} --overwrite", folder).check()
+        assert ("WARNING: the maps need" in result.out) == is_warned
+        estimates += [float(text) for text in re.findall(r"about ([\d.e-]+) GB", result.out)]
+    files = (path for name in ("cam", "la", "ha") for path in (folder / "out" / name).glob("[!.]*"))
+    assert estimates[0] == pytest.approx(sum(path.stat().st_size for path in files) / 1e9, rel=0.4)

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import contents, run_program, write_annotation, write_mask
+from helpers import contents, noise_image, run_program, write_annotation, write_mask
 
 from tool.maps import load_index_png, load_npy_dict
 from voc12.devkit import Devkit, read_ids
@@ -127,3 +127,109 @@ def test_real_photographs_masks_and_annotations_agree(voc_mini, tmp_path):
         classes = np.unique(mask[(mask > 0) & (mask < 255)]) - 1
         assert classes.size
         assert labels[image_id][classes].all(), image_id
+
+
+TINY = (
+    "--network network.tiny_cls --weights none --batch_size 2 --max_epoches 1 --crop_size 48 "
+    "--resize_long 40 56 --val_crop_size 48 --num_workers 0 --device cpu"
+)
+FOLDERS = "voc12.prepare --image_folders DIR --out_dir OUT"
+TABLE = "voc12.prepare --labels table.csv --images photos --out_dir OUT"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Ten photographs in folders, one of them of two classes, one of none; the same in a table."""
+    for number in range(10):
+        names = {0: ("cat", "ox cart"), 9: ("background",)}.get(number, ("cat",))
+        for name in (*(f"DIR/{name}" for name in names), "photos"):
+            path = tmp_path / name / ("my 0.PNG" if number == 0 else f"{number}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise_image(40, 50, number).save(path, "PNG")
+    rows = [f"{number}.jpg,cat" for number in range(1, 9)]
+    text = "\n".join(["my 0,cat", *rows, "my 0,ox cart", "9,"])
+    (tmp_path / "table.csv").write_text(text)
+    return tmp_path
+
+
+def assert_prepared(out, is_link=True):
+    assert (out / "classes.txt").read_text() == "cat\nox cart\n"
+    labels = load_npy_dict(out / "cls_labels.npy")
+    singles = {str(number): [1, 0] for number in range(1, 9)}
+    assert {key: label.tolist() for key, label in labels.items()} == {
+        **singles,
+        "my 0": [1, 1],
+        "9": [0, 0],
+    }
+    train, val = (read_ids(out / f"{split}.txt") for split in ("train", "val"))
+    assert len(val) == 3
+    assert sorted(train + val) == sorted(labels)
+    assert (
+        "/JPEGImages/my 0.PNG\n" in (out / "train.txt").read_text() + (out / "val.txt").read_text()
+    )
+    for image_id in labels:
+        path = Devkit(out).image_path(image_id)
+        assert path.is_symlink() == is_link
+        assert Devkit(out).load_image(image_id).size == (50, 40)
+
+
+@pytest.mark.parametrize("command", [FOLDERS, TABLE])
+def test_folders_and_a_table_give_the_same_devkit(command, photographs):
+    command += " --val_share 0.3"
+    result = run_program(command, photographs).check()
+    assert_prepared(photographs / "OUT")
+    assert "labels of 10 images, 1 of no class" in result.out
+    before = contents(photographs)
+    run_program(command, photographs).check()
+    assert contents(photographs) == before
+    run_program(command.replace("OUT", "OTHER --copy"), photographs).check()
+    assert_prepared(photographs / "OTHER", is_link=False)
+    line = next(line for line in result.out.splitlines() if "--train_list" in line)
+    command = line.replace("train_cls.py", "train_cls").replace("...", TINY)
+    trained = run_program(command, photographs).check()
+    assert "10 from OUT/cls_labels.npy, 0 from annotations, 1 of no class" in trained.out
+
+
+def test_a_table_of_columns_and_other_photographs(photographs):
+    (photographs / "table.csv").write_text("id,dog,cat\n1,0,1\n2.jpg,1,1\n3,0,0\n")
+    result = run_program(TABLE, photographs).check()
+    assert "7 photographs are not in table.csv" in result.out
+    assert (photographs / "OUT" / "classes.txt").read_text() == "dog\ncat\n"
+    labels = load_npy_dict(photographs / "OUT" / "cls_labels.npy")
+    assert [labels[key].tolist() for key in "123"] == [[0, 1], [1, 1], [0, 0]]
+    (photographs / "classes.txt").write_text("cat\nfox\ndog\n")
+    run_program(f"{TABLE.replace('OUT', 'OUT2')} --classes classes.txt", photographs).check()
+    labels = load_npy_dict(photographs / "OUT2" / "cls_labels.npy")
+    assert labels["2"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "content", "words"),
+    [
+        (FOLDERS, "DIR/dog/1.jpg", b"another", ("DIR/dog/1.jpg", "DIR/cat/1.jpg")),
+        (FOLDERS, "DIR/dog/1.png", b"", ("DIR/dog/1.png", "DIR/cat/1.jpg")),
+        (FOLDERS, "DIR/cat/1.png", b"", ("DIR/cat/1.png", "DIR/cat/1.jpg")),
+        (FOLDERS, "DIR/dog/readme.txt", b"", ("DIR/dog", "no photographs")),
+        (FOLDERS, "DIR/#1/x.jpg", b"", ("classes.txt", "#1")),
+        (FOLDERS, "OUT/JPEGImages/x.jpg", b"", ("x.jpg", "--out_dir")),
+        (FOLDERS, "OUT/JPEGImages/1.jpg", b"another", ("OUT/JPEGImages/1.jpg", "DIR/cat/1.jpg")),
+        (FOLDERS.replace("DIR", "none"), "x", b"", ("none",)),
+        (TABLE, "table.csv", b"11,cat\n1,dog", ("table.csv", "'11'")),
+        (TABLE, "table.csv", b"id,class\n1,dog", ("table.csv", "'id'")),
+        (TABLE, "table.csv", b"1,0\n2,1", ("table.csv", "first line")),
+        (TABLE, "table.csv", b"1", ("table.csv", "comma")),
+        (TABLE, "photos/1.png", b"", ("photos/1.png", "photos/1.jpg")),
+        (f"{TABLE} --classes c.txt", "c.txt", b"cat", ("table.csv", "ox cart", "c.txt")),
+        (f"{TABLE} --val_share 0.99", "x", b"", ("--val_share",)),
+        (TABLE.replace("photos", "none"), "x", b"", ("none",)),
+    ],
+)
+def test_bad_folders_and_tables_give_one_sentence(command, file, content, words, photographs):
+    (photographs / file).parent.mkdir(parents=True, exist_ok=True)
+    (photographs / file).write_bytes(content)
+    run_program(command, photographs).assert_failed(1, *words)
+
+
+@pytest.mark.parametrize("flags", ["", "--labels a.csv", "--voc12_root VOC --image_folders DIR"])
+def test_one_source_must_be_named(flags, tmp_path):
+    run_program(f"voc12.prepare {flags}", tmp_path).assert_failed(2, "--image_folders")

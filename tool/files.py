@@ -1,10 +1,12 @@
 """Files that appear complete or not at all."""
 
 import errno
+import filecmp
 import glob
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,21 @@ def make_folder(folder: Path) -> None:
         in_the_way = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
         text = "is a file where a folder should be; name another folder"
         raise NotADirectoryError(errno.ENOTDIR, text, str(in_the_way)) from error
+
+
+def link_or_copy(source: Path, target: Path, copy: bool) -> None:
+    """Make ``target`` a link to a file, or a copy of it that appears complete.
+
+    A file with the same content is kept; raises OSError if another one is there.
+    """
+    if target.exists():
+        if not filecmp.cmp(source, target):
+            raise FileExistsError(errno.EEXIST, f"is not {source}; name a new folder", str(target))
+    elif copy:
+        with open(source, "rb") as original, atomic_write(target) as file:
+            shutil.copyfileobj(original, file)
+    else:
+        target.symlink_to(source.resolve())
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:

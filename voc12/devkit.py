@@ -10,7 +10,7 @@ import contextlib
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import compress
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
@@ -109,11 +109,12 @@ def read_labels(path: str | os.PathLike, class_names: Sequence[str]) -> dict:
     return by_voc_id | labels
 
 
-def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The labels {image id: float32 [classes]} of a ``.csv`` table, whose first column is the id.
+def read_table(path: str | os.PathLike) -> tuple[list[str], dict[str, set[str]]]:
+    """The class names in a ``.csv`` table, and those of each image, whose id is the first column.
 
     The second holds the names of the image's classes, separated by ``;``. Or the first line names a
-    class for each further column, and the other lines hold 0 or 1 there.
+    class for each further column, and the other lines hold 0 or 1 there. Several lines of an id add
+    up. The ids may be file names.
     """
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
@@ -121,17 +122,33 @@ def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dic
         raise DataError(f"{path}: not a readable table ({error}).") from error
     if any(len(row) < 2 for row in rows):
         raise DataError(f"{path}: has a line without a comma; write id,class;class.")
+    columns = []
     if rows[1:] and all({*row[1:]} <= {"0", "1"} for row in rows[1:]):
-        rows = [[row[0], *compress(rows[0][1:], map(int, row[1:]))] for row in rows[1:]]
-    labels = {}
+        columns = rows[0][1:]
+        if {*columns} <= {"0", "1"}:
+            raise DataError(f"{path}: its first line does not name the classes of the columns.")
+        rows = [[row[0], *compress(columns, map(int, row[1:]))] for row in rows[1:]]
+    names_of: dict[str, set[str]] = {}
     for image_id, *cells in rows:
+        image_id = Path(image_id).stem if image_id.lower().endswith(IMAGE_SUFFIXES) else image_id
         names = {name.strip() for name in ";".join(cells).split(";")} - {""}
-        unknown = sorted(names.difference(class_names))
-        if unknown:
+        names_of[image_id] = names_of.get(image_id, set()) | names
+    return columns or sorted(set().union(*names_of.values())), names_of
+
+
+def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The labels {image id: float32 [classes]} of ``read_table``; raises DataError for others."""
+    names_of = read_table(path)[1]
+    for image_id, names in names_of.items():
+        if unknown := sorted(names.difference(class_names)):
             problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
             raise DataError(f"{path}: {problem}; see --classes.")
-        labels[image_id] = np.array([name in names for name in class_names], np.float32)
-    return labels
+    return {image_id: class_label(names, class_names) for image_id, names in names_of.items()}
+
+
+def class_label(present: Container[str], class_names: Sequence[str]) -> np.ndarray:
+    """float32 [classes], 1 where the class is among the present ones."""
+    return np.array([name in present for name in class_names], np.float32)
 
 
 def require_ids(source: str | os.PathLike, ids: Iterable[str]) -> None:
@@ -216,10 +233,10 @@ class Devkit:
         """Raise DataError if a photograph or label is missing; return where labels are from."""
         self.require_images(ids)
         from_file = sum(image_id in self._labels for image_id in ids)
-        for image_id in ids:
-            self.image_label(image_id)
+        negative = sum(not self.image_label(image_id).any() for image_id in ids)
         annotated = len(ids) - from_file
-        return f"labels: {from_file} from {self.label_file}, {annotated} from annotations"
+        text = f"labels: {from_file} from {self.label_file}, {annotated} from annotations"
+        return f"{text}, {negative} of no class" if negative else text
 
     def require_output(self, flag: str, folder: str | os.PathLike | None) -> None:
         """Raise UsageError if a flag's folder or file would lie among the inputs."""
@@ -335,9 +352,9 @@ def find_photographs(paths: Iterable[str]) -> dict[str, Path]:
         for file in files:
             if not file.is_file():
                 raise DataError(f"{file}: no such file or folder.")
+            require_ids(file.parent, [file.stem])
             if found.setdefault(file.stem, file) != file:
                 raise DataError(f"{file}: has the name of {found[file.stem]}; rename one.")
-    require_ids("--images", found)
     return found
 
 

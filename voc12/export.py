@@ -16,12 +16,11 @@ here, so that every image counts twice.
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tool.files import make_folder
+from tool.files import link_or_copy, make_folder
 from tool.maps import open_image, save_index_png
 from tool.run import cli
 from tool.run.errors import DataError
@@ -48,19 +47,18 @@ def write_tree(
     ``labels`` and ``masks`` are by image id, to train and to validate with. Raises DataError for an
     image that cannot be read, or a label that does not fit it.
     """
-    transfer = shutil.copyfile if copy else os.symlink
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     for image_id, path in cli.progress((labels | masks).items(), "export"):
         photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
         label = devkit.load_label(path, (height, width))
-        transfer(photograph.resolve(), root / "JPEGImages" / f"{image_id}.jpg")
+        link_or_copy(photograph, root / "JPEGImages" / f"{image_id}.jpg", copy)
         target = root / "SegmentationClass" / f"{image_id}.png"
         if image_id in labels or open_image(path).tobytes() != label.tobytes():  # reordered indices
             save_index_png(target, label)
         else:
-            transfer(path.resolve(), target)
+            link_or_copy(path, target, copy)
     for paths in (labels, masks):
         devkit.require_classes(paths.values())
     if copy:

@@ -1,33 +1,60 @@
-"""Writes the id lists and the image-level labels that the four programs read, from a devkit.
+"""Writes the id lists and the image-level labels that the programs read.
 
     python3 -m voc12.prepare --voc12_root VOC2012
+    python3 -m voc12.prepare --image_folders DIR --out_dir OUT
+    python3 -m voc12.prepare --labels table.csv --images DIR --out_dir OUT
 
-Writes into --out_dir (voc12/ by default)
+From a devkit, into --out_dir (voc12/ by default)
     train.txt, val.txt, test.txt  from the devkit's ImageSets/Segmentation;
     train_aug.txt                 every id with a mask in SegmentationClassAug that is not in val,
                                   or, with --sbd_root, every id of SBD or VOC that is not in val;
     cls_labels.npy                a dict id -> float32 [classes], from the annotations of all these.
 Prints which of them it cannot make, because the devkit lacks their source.
+
+From a folder for each class (DIR/cat/1.png), or from a table of ids and class names (docs/data.md),
+a devkit without masks: JPEGImages, links to the photographs; train.txt, val.txt, classes.txt and
+cls_labels.npy. The same photograph in two folders has both classes; in DIR/background, none.
 """
 
 import argparse
+import filecmp
+import hashlib
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from tool.files import atomic_write
+from tool.files import atomic_write, link_or_copy, make_folder
 from tool.maps import save_npy_dict
 from tool.run import cli
-from tool.run.errors import DataError
-from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_ids
+from tool.run.errors import DataError, UsageError
+from voc12.devkit import (
+    BACKGROUND,
+    Devkit,
+    add_devkit_arguments,
+    class_label,
+    find_photographs,
+    open_devkit,
+    read_class_names,
+    read_ids,
+    read_table,
+    require_ids,
+)
 
 SPLITS = ("train", "val", "test")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "python3 -m voc12.prepare")
-    add_devkit_arguments(parser, labels=False)
+    add_devkit_arguments(parser, labels=False, required=False)
     add = parser.add_argument
+    add("--image_folders", metavar="DIR", help="a folder of photographs for each class")
+    add("--labels", metavar="FILE.csv", help="a table of ids and class names")
+    add("--images", metavar="DIR", help="the photographs of --labels")
     add("--out_dir", default="voc12", help="folder for the lists and the labels")
     add("--sbd_root", help="SBD's folder benchmark_RELEASE, in place of SegmentationClassAug")
+    text = "part of folders or a table that becomes val; the ids alone decide which"
+    add("--val_share", type=cli.number(float, 0, 1, above=True), default=0.1, help=text)
+    text = "copy photographs of folders or a table; for a file system without links"
+    add("--copy", action="store_true", help=text)
     return parser
 
 
@@ -52,7 +79,109 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
     return sorted(masked.union(more).difference(splits.get("val", [])))
 
 
-def main(args: argparse.Namespace) -> None:
+def write_list(path: Path, devkit: Devkit, ids: Sequence[str], with_masks: bool) -> None:
+    with atomic_write(path) as file:
+        for image_id in ids:
+            suffix = devkit.image_path(image_id).suffix
+            file.write(f"{list_line(image_id, with_masks, suffix)}\n".encode())
+    print(f"{path}: {len(ids)} images")
+
+
+def write_class_names(path: Path, names: Sequence[str]) -> None:
+    """Write classes.txt; raises DataError for names that would not come back from it."""
+    with atomic_write(path) as file:
+        file.write("\n".join([*names, ""]).encode())
+    if changed := set(names).difference(read_class_names(path)):
+        raise DataError(f"{path}: {min(changed)[:80]!r} cannot be a class name; rename it.")
+
+
+def transfer_photographs(out: Path, photographs: Mapping[str, Path], copy: bool) -> None:
+    """Link photographs by id into JPEGImages, or copy them; DataError if others are there."""
+    folder = out / "JPEGImages"
+    make_folder(folder)
+    sources = {folder / (image_id + path.suffix): path for image_id, path in photographs.items()}
+    if others := set(folder.glob("[!.]*")) - sources.keys():
+        raise DataError(f"{min(others)}: is not of this data set; name another --out_dir.")
+    for target, source in cli.progress(sources.items(), "photographs"):
+        link_or_copy(source, target, copy)
+
+
+def write_lists(
+    out: Path,
+    class_names: Sequence[str],
+    lists: Mapping[str, Sequence[str]],
+    names_of: Mapping[str, Container[str]],
+) -> None:
+    """Write a devkit's lists of ids by split, and its labels from the class names of each image.
+
+    Prints the flags that name them.
+    """
+    devkit = Devkit(out, class_names)
+    for split, ids in lists.items():
+        write_list(out / f"{split}.txt", devkit, ids, with_masks=False)
+    labels = {image_id: class_label(names, class_names) for image_id, names in names_of.items()}
+    save_npy_dict(out / "cls_labels.npy", labels)
+    negative = sum(not label.any() for label in labels.values())
+    print(f"{out}/cls_labels.npy: labels of {len(labels)} images, {negative} of no class")
+    data = f"--voc12_root {out} --classes {out}/classes.txt"
+    print(
+        f"train_cls.py {data} --label_file {out}/cls_labels.npy "
+        f"--train_list {out}/train.txt --val_list {out}/val.txt ..."
+    )
+    print(f"python3 -m tool.pipeline {data} --list_dir {out} ...")
+
+
+def read_folders(root: Path) -> tuple[list[str], dict[str, set[str]], dict[str, Path]]:
+    """The class names, those of each image, and the photographs, of a folder for each class.
+
+    Raises DataError if two photographs have the same id, but not the same name and content.
+    """
+    names_of: dict[str, set[str]] = {}
+    photographs: dict[str, Path] = {}
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
+    for folder in folders:
+        for image_id, path in find_photographs([folder]).items():
+            other = photographs.setdefault(image_id, path)
+            if path.name != other.name or not filecmp.cmp(path, other, shallow=False):
+                raise DataError(f"{path}: is not the photograph {other}; rename one.")
+            names_of.setdefault(image_id, set()).add(folder.name)
+    class_names = [folder.name for folder in folders if folder.name != BACKGROUND]
+    return class_names, names_of, photographs
+
+
+def read_labelled(table: str, folder: str) -> tuple[list[str], dict[str, set[str]], dict]:
+    """What ``read_folders`` gives, of a table and a folder of photographs."""
+    class_names, names_of = read_table(table)
+    photographs = find_photographs([folder])
+    if missing := [image_id for image_id in names_of if image_id not in photographs]:
+        problem = f"{missing[0][:80]!r} has no photograph in {folder}"
+        raise DataError(f"{table}: {problem} ({len(missing)} of {len(names_of)} are missing).")
+    print(f"{folder}: {len(photographs) - len(names_of)} photographs are not in {table}")
+    return class_names, names_of, {image_id: photographs[image_id] for image_id in names_of}
+
+
+def prepare_photographs(args: argparse.Namespace) -> None:
+    """Make a devkit of photographs in folders, or in a table."""
+    source = args.labels or args.image_folders
+    found = read_labelled(source, args.images) if args.labels else read_folders(Path(source))
+    class_names, names_of, photographs = found
+    if args.classes:
+        known = read_class_names(args.classes)
+        if unknown := set(class_names).difference(known):
+            raise DataError(f"{source}: {min(unknown)[:80]!r} is not in --classes {args.classes}.")
+        class_names = known
+    ids = sorted(photographs, key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
+    num_val = max(1, round(args.val_share * len(ids)))
+    if num_val >= len(ids):
+        raise DataError(f"{source}: {len(ids)} images are too few to split by --val_share.")
+    out = Path(args.out_dir)
+    transfer_photographs(out, photographs, args.copy)
+    write_class_names(out / "classes.txt", class_names)
+    lists = {"train": sorted(ids[num_val:]), "val": sorted(ids[:num_val])}
+    write_lists(out, class_names, lists, names_of)
+
+
+def prepare_devkit(args: argparse.Namespace) -> None:
     devkit = open_devkit(args)
     devkit.require_output("--out_dir", args.out_dir)
     out_dir = Path(args.out_dir)
@@ -70,12 +199,7 @@ def main(args: argparse.Namespace) -> None:
         if devkit.annotation_path(image_id).is_file():
             labels[image_id] = devkit.annotated_label(image_id)
     for split, members in lists.items():
-        path = out_dir / f"{split}.txt"
-        with atomic_write(path) as file:
-            for image_id in members:
-                suffix = devkit.image_path(image_id).suffix
-                file.write(f"{list_line(image_id, split != 'test', suffix)}\n".encode())
-        print(f"{path}: {len(members)} images")
+        write_list(out_dir / f"{split}.txt", devkit, members, with_masks=split != "test")
     save_npy_dict(out_dir / "cls_labels.npy", labels)
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")
     for split in SPLITS:
@@ -92,6 +216,16 @@ def main(args: argparse.Namespace) -> None:
     unlabelled = len(ids) - len(labels)
     if unlabelled:
         print(f"images without an annotation, hence without a label: {unlabelled} (as VOC's test).")
+
+
+def main(args: argparse.Namespace) -> None:
+    sources = [args.voc12_root, args.image_folders, args.labels]
+    if sum(map(bool, sources)) != 1 or bool(args.labels) != bool(args.images):
+        raise UsageError("name --voc12_root, or --image_folders, or --labels and --images.")
+    if args.voc12_root:
+        prepare_devkit(args)
+    else:
+        prepare_photographs(args)
 
 
 if __name__ == "__main__":
