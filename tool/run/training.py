@@ -236,19 +236,12 @@ def train_one_epoch(
         while training.step < end:
             set_poly_lr(optimizer, training.step, training.max_step, training.poly_first_only)
             optimizer.zero_grad(set_to_none=True)
-            try:
+            with name_lack_of_memory(f"on {training.device} in step {training.step + 1}"):
                 losses = losses_of(model, next(batches))
                 # Gradients become the mean over ranks, but the batch's loss is a sum over them.
                 scaler.scale(losses["loss"] * devices.world_size()).backward()
-            except (RuntimeError, MemoryError) as error:
-                if not devices.is_out_of_memory(error):
-                    raise
-                raise DataError(
-                    f"out of memory on {training.device} in step {training.step + 1}; take a "
-                    "smaller --batch_size or --crop_size, --amp, or more processes (torchrun)."
-                ) from error
-            scaler.step(optimizer)
-            scaler.update()
+                scaler.step(optimizer)
+                scaler.update()
             training.step += 1
 
             training.pending.append({name: loss.detach() for name, loss in losses.items()})
@@ -263,6 +256,20 @@ def train_one_epoch(
             if training.save_every and training.step % training.save_every == 0:
                 save_checkpoint(training)
     return _means(training.losses)
+
+
+@contextmanager
+def name_lack_of_memory(where: str) -> Iterator[None]:
+    """Raises DataError, with what to lower, where the block runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise DataError(
+            f"out of memory {where}; take a smaller --batch_size or --crop_size, --amp, or more "
+            "processes (torchrun)."
+        ) from error
 
 
 def _progress_bar(training: Training, end: int) -> tqdm:
@@ -310,7 +317,9 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
 def diverged(training: Training, what: str) -> DataError:
     """The error that ends a training whose numbers are not finite any more."""
     advice = "try a smaller --lr."
-    if training.fresh_layers:
+    if training.scaler.is_enabled():
+        advice = "try --amp bf16, whose range is wider than that of --amp fp16, or a smaller --lr."
+    elif training.fresh_layers:
         advice = f"{' and '.join(training.fresh_layers)} were not in the weights: try {ADVICE}."
     return DataError(f"{what}; no weights were written; {advice}")
 
