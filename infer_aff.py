@@ -136,24 +136,8 @@ def label_of(
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
 
-def make_walks(
-    net: nn.Module,
-    samples: Iterable[AffinitySample],
-    run: Run,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Iterator[Walk]:
-    """The walks of all images but those that are skipped."""
-    for sample in samples:
-        with run.attempt(sample.image_id):
-            yield make_walk(net, sample, args, device)
-
-
 def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace, write: Callable) -> None:
-    """Walk, and write each image's label, walked maps and pictures, those that are asked for.
-
-    ``write`` is ``Run.write``.
-    """
+    """Walk, and write (by ``Run.write``) what is asked for: labels, walked maps, pictures."""
     seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
     tolerance = 0 if args.exact else random_walk.TOLERANCE
     walked = random_walk.propagate_together(seeds, transitions, 2**args.logt, tolerance)
@@ -303,8 +287,14 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
         require_files(masks, ids, ".png", hint)
         sweep(net, dataset, run, args, device)
         return
+
+    def walks_of(samples: Iterable[AffinitySample]) -> Iterator[Walk]:
+        for sample in run.each(samples):
+            with run.attempt(sample.image_id):
+                yield make_walk(net, sample, args, device)
+
     with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
-        walks = make_walks(net, run.each(samples), run, args, device)
+        walks = walks_of(samples)
         while group := list(islice(walks, WALKS_AT_A_TIME[device.type])):
             write_labels(group, net.stride, args, run.write)
 

@@ -125,10 +125,7 @@ def write_outputs(
     device: torch.device,
     write: Callable,
 ) -> None:
-    """Write an image's maps (float32 present classes x H x W), and what is made of them.
-
-    ``write`` is ``Run.write``.
-    """
+    """Write (by ``Run.write``) an image's maps, float32 classes x H x W, and what they give."""
 
     def write_maps(folder: str, keys: Sequence[int], values: np.ndarray) -> None:
         path = Path(folder, sample.image_id + MAP_FORMATS[args.out_format])

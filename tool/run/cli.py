@@ -48,7 +48,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _leave(f"error: out of memory ({reason(error)}); docs/speed.md says what to lower.", 1)
+        _leave(f"error: out of memory ({reason(error)}); docs/hardware.md says what to lower.", 1)
     except Interrupted as error:
         _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
     except KeyboardInterrupt:

@@ -27,10 +27,11 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # The compute capability from which on a switch gains time on a GPU.
 GAINS_FROM = {"--amp bf16": (8, 0), "--amp fp16": (7, 0), "--tf32": (8, 0)}
-# Words of a failed exchange between ranks: of one that is lost, and of any.
+# Words that tell a failed exchange between ranks from other runtime errors; and of these, words of
+# one with a rank that is lost.
+EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "tcpstore")
 LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout",
         "remote process exited", "failed to recv", "tcpstore")  # fmt: skip
-EXCHANGE_ERRORS = (*LOST, "gloo", "nccl")
 # Words of errors that are a lack of memory, and no torch.OutOfMemoryError.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_status_alloc_failed")
 
@@ -113,9 +114,9 @@ def _warn_of_useless(switches: Switches, device: torch.device) -> None:
     """Say which switches gain no time on this GPU."""
     capability = torch.cuda.get_device_capability(device)
     named = {f"--amp {switches.amp}": switches.amp, "--tf32": switches.tf32}
-    for flag in (flag for flag, is_on in named.items() if is_on):
-        if capability < GAINS_FROM[flag]:
-            has, needs = (".".join(map(str, numbers)) for numbers in (capability, GAINS_FROM[flag]))
+    for flag, is_on in named.items():
+        if is_on and capability < GAINS_FROM[flag]:
+            has, needs = ("{}.{}".format(*numbers) for numbers in (capability, GAINS_FROM[flag]))
             problem = f"gains no time on a GPU of compute capability {has}, only from {needs} on"
             print_main(f"WARNING: {flag} {problem}.")
 
@@ -229,7 +230,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
         # NCCL has what went wrong in its last line.
         problem = " ".join(str(error).split())
         raise DataError(f"{me} cannot work with the others ({problem}).") from error
-    except Interrupted:  # all together
+    except Interrupted:  # nobody is lost
         dist.destroy_process_group()
         raise
     # Not after an error: it would wait for those that are lost.
