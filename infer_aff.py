@@ -19,7 +19,7 @@ scores every combination of --alphas (or --bgs), --betas and --logts; interrupte
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,7 @@ from tool.metrics import confusion_matrix
 from tool.run import cli, devices
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
-from tool.run.inference import Run, join_ranks
+from tool.run.inference import Run, join_ranks, require_finite
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
@@ -106,6 +106,7 @@ def affinity_of(
     height, width = (side // net.stride for side in image.shape[-2:])
     with autocast(device, args.amp):
         features = net.forward_features(image[None])
+    require_finite(features, sample.image_id, args.amp)
     return pair_affinity(features, args.radius, args.full_graph)[0], height, width
 
 
@@ -135,8 +136,8 @@ def label_of(
     return index_image(upsampled.argmax(dim=0).cpu().numpy(), sample.classes)
 
 
-def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace) -> None:
-    """Walk, and write each image's label, walked maps and pictures, those that are asked for."""
+def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace, write: Callable) -> None:
+    """Walk, and write (by ``Run.write``) what is asked for: labels, walked maps, pictures."""
     seeds, transitions = [walk.seeds for walk in walks], [walk.transition for walk in walks]
     tolerance = 0 if args.exact else random_walk.TOLERANCE
     walked = random_walk.propagate_together(seeds, transitions, 2**args.logt, tolerance)
@@ -147,10 +148,10 @@ def write_labels(walks: list[Walk], stride: int, args: argparse.Namespace) -> No
             draw_walk(walk, stride, args)
         if args.out_scores:
             maps = dict(zip(sample.classes, upsampled[1:].cpu().numpy(), strict=True))
-            save_maps(Path(args.out_scores, f"{sample.image_id}.npz"), maps, "float16")
+            write(save_maps, Path(args.out_scores, f"{sample.image_id}.npz"), maps, "float16")
         if args.out_rw:
             label = label_of(upsampled, sample, args.crf_backend if args.crf else None)
-            save_index_png(Path(args.out_rw, f"{sample.image_id}.png"), label)
+            write(save_index_png, Path(args.out_rw, f"{sample.image_id}.png"), label)
 
 
 def draw_walk(walk: Walk, stride: int, args: argparse.Namespace) -> None:
@@ -275,7 +276,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     load_for_inference(net, args.weights, print_main)
     to_device(net, device, Switches(args.amp, args.tf32, args.compile), "forward_features").eval()
     folders = output_folders(args, devkit)
-    run = Run("infer_aff", ids, folders, stop, args.overwrite, args.skip_bad)
+    run = Run("infer_aff", ids, folders, stop, device, args.overwrite, args.skip_bad)
     if not args.skip_bad:
         devkit.require_images(run.todo)
         require_files(args.cam_dir, run.todo, ".npy", "infer_cls.py --out_cam makes them")
@@ -286,10 +287,16 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
         require_files(masks, ids, ".png", hint)
         sweep(net, dataset, run, args, device)
         return
+
+    def walks_of(samples: Iterable[AffinitySample]) -> Iterator[Walk]:
+        for sample in run.each(samples):
+            with run.attempt(sample.image_id):
+                yield make_walk(net, sample, args, device)
+
     with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
-        walks = (make_walk(net, sample, args, device) for sample in run.each(samples))
+        walks = walks_of(samples)
         while group := list(islice(walks, WALKS_AT_A_TIME[device.type])):
-            write_labels(group, net.stride, args)
+            write_labels(group, net.stride, args, run.write)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from tool.maps import MAP_FORMATS, save_index_png, save_maps
 from tool.run import cli
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import DataError, UsageError
-from tool.run.inference import Run, join_ranks
+from tool.run.inference import Run, join_ranks, require_finite
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest, digest_maps, settings_of, weights_settings
 from tool.weights import load_for_inference
@@ -134,18 +134,19 @@ def write_outputs(
     maps: np.ndarray,
     args: argparse.Namespace,
     device: torch.device,
+    write: Callable,
 ) -> None:
-    """Write an image's maps (float32 present classes x H x W), and what is made of them."""
+    """Write (by ``Run.write``) an image's maps, float32 classes x H x W, and what they give."""
 
     def write_maps(folder: str, keys: Sequence[int], values: np.ndarray) -> None:
         path = Path(folder, sample.image_id + MAP_FORMATS[args.out_format])
-        save_maps(path, dict(zip(keys, values, strict=True)), args.out_dtype)
+        write(save_maps, path, dict(zip(keys, values, strict=True)), args.out_dtype)
 
     if args.out_cam:
         write_maps(args.out_cam, classes, maps)
     if args.out_cam_pred:
         label = index_image(fixed_background_label(maps, BACKGROUND_SCORE), classes)
-        save_index_png(Path(args.out_cam_pred, f"{sample.image_id}.png"), label)
+        write(save_index_png, Path(args.out_cam_pred, f"{sample.image_id}.png"), label)
     crf_outputs = ((args.out_la_crf, args.low_alpha), (args.out_ha_crf, args.high_alpha))
     crf_outputs = [(folder, alpha) for folder, alpha in crf_outputs if folder]
     if crf_outputs:
@@ -164,7 +165,9 @@ def infer_image(
     scaled = [image.to(device, non_blocking=True) for image in sample.scaled]
     with autocast(device, amp):
         cam = multi_scale_cam(net, scaled, sample.photograph.shape[:2], classes)
-    return classes, cam.cpu().numpy()
+    maps = cam.cpu().numpy()
+    require_finite(maps, sample.image_id, amp)
+    return classes, maps
 
 
 def warn_of_full_disk(
@@ -202,7 +205,7 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
         switches = Switches(args.amp, args.tf32, args.compile)
         to_device(net, device, switches, "forward_cam").eval()
     folders = output_folders(args, devkit)
-    run = Run("infer_cls", ids, folders, stop, args.overwrite, args.skip_bad)
+    run = Run("infer_cls", ids, folders, stop, device, args.overwrite, args.skip_bad)
     if not args.skip_bad:
         devkit.require_images(run.todo)
         if args.cam_dir:
@@ -218,11 +221,12 @@ def infer_list(args: argparse.Namespace, device: torch.device, stop: StopSignals
     pinned = device.type == "cuda"
     with run, load_each(dataset, args.num_workers, pinned) as samples:
         for sample in run.each(samples):
-            if args.cam_dir:
-                classes, maps = sample.classes, sample.maps.numpy()
-            else:
-                classes, maps = infer_image(net, sample, device, args.amp)
-            write_outputs(sample, classes, maps, args, device)
+            with run.attempt(sample.image_id):
+                if args.cam_dir:
+                    classes, maps = sample.classes, sample.maps.numpy()
+                else:
+                    classes, maps = infer_image(net, sample, device, args.amp)
+                write_outputs(sample, classes, maps, args, device, run.write)
 
 
 def main(args: argparse.Namespace) -> None:

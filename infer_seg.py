@@ -21,7 +21,7 @@ Images that are there are skipped, so a command that was killed continues when i
 import argparse
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from tool.maps import save_index_png, save_maps
 from tool.run import cli, devices
 from tool.run.devices import StopSignals, Switches, autocast, print_main, to_device
 from tool.run.errors import UsageError
-from tool.run.inference import Run, join_ranks
+from tool.run.inference import Run, join_ranks, require_finite
 from tool.run.loading import load_each
 from tool.run.provenance import OutputFolder, digest, settings_of, weights_settings
 from tool.segmentation import multi_scale_scores
@@ -134,6 +134,7 @@ def segment(
     scaled = [image.to(device, non_blocking=True) for image in sample.scaled]
     with autocast(device, args.amp):
         scores = multi_scale_scores(net, scaled, sample.photograph.shape[:2]).cpu().numpy()
+    require_finite(scores, sample.image_id, args.amp)
     if args.crf:
         weight, sxy, srgb = args.crf_bilateral
         (scores,) = dense_crf(
@@ -154,15 +155,17 @@ def write_outputs(
     scores: np.ndarray,
     label_names: Sequence[str],
     args: argparse.Namespace,
+    write: Callable,
 ) -> None:
+    """Write what an image's probabilities are asked for; ``write`` is ``Run.write``."""
     label = scores.argmax(axis=0).astype(np.uint8)
     if args.out_scores:
         path = Path(args.out_scores, f"{sample.image_id}.npz")
-        save_maps(path, dict(enumerate(scores)), "float16")
+        write(save_maps, path, dict(enumerate(scores)), "float16")
     if args.out_overlay:
         path = Path(args.out_overlay, f"{sample.image_id}.png")
-        save_overlay(path, Image.fromarray(sample.photograph), label, label_names)
-    save_index_png(Path(args.out_seg, f"{sample.image_id}.png"), label)
+        write(save_overlay, path, Image.fromarray(sample.photograph), label, label_names)
+    write(save_index_png, Path(args.out_seg, f"{sample.image_id}.png"), label)
 
 
 def write_submission(path: str, folder: str, ids: Sequence[str]) -> None:
@@ -181,13 +184,14 @@ def infer_all(args: argparse.Namespace, device: torch.device, stop: StopSignals)
     load_for_inference(net, args.weights, print_main)
     to_device(net, device, Switches(args.amp, args.tf32, args.compile), "forward").eval()
     folders = output_folders(args, photographs, class_names)
-    run = Run("infer_seg", list(photographs), folders, stop, args.overwrite, args.skip_bad)
+    run = Run("infer_seg", list(photographs), folders, stop, device, args.overwrite, args.skip_bad)
     own = [(image_id, photographs[image_id]) for image_id in run.ids]
     dataset = PhotographSet(own, net.normalize, args.scales, upright=bool(args.images))
     with run, load_each(dataset, args.num_workers, device.type == "cuda") as samples:
         for sample in run.each(samples):
-            scores = segment(net, sample, args, device)
-            write_outputs(sample, scores, (BACKGROUND, *class_names), args)
+            with run.attempt(sample.image_id):
+                scores = segment(net, sample, args, device)
+                write_outputs(sample, scores, (BACKGROUND, *class_names), args, run.write)
     if args.voc_submission and devices.is_main():
         write_submission(args.voc_submission, args.out_seg, run.all_ids)
 

@@ -33,6 +33,7 @@ from tool.run.training import (
     finish,
     leave_if_stopped,
     load_start_weights,
+    name_lack_of_memory,
     open_batches,
     start_training,
     train_one_epoch,
@@ -134,7 +135,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     with open_batches(training, train_set, args.num_workers) as batches:
         while training.epoch < training.epochs:
             losses = train_one_epoch(training, batches, losses_of)
-            val_loss = validate(net, val_set, args, device, training.stop)
+            with name_lack_of_memory(f"on {device} in the validation (see --val_crop_size)"):
+                val_loss = validate(net, val_set, args, device, training.stop)
             leave_if_stopped(training)
             if not math.isfinite(val_loss):
                 what = f"the validation loss is not finite at step {training.step}"

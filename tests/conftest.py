@@ -1,8 +1,10 @@
 """Fixtures of all test files: golden numbers, seeded networks, shared data; what is skipped."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,12 +26,24 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Sparse (CSR|CSC) tensor support is in beta")
 
 
+# Asked here, before it is hidden: CUDA remembers which devices it saw first.
+HAS_CUDA = torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "cuda" in item.keywords:
+        if "cuda" in item.keywords and not HAS_CUDA:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that is not marked cuda sees no GPU, nor do its fixtures and processes."""
+    if "cuda" in item.keywords:
+        return (yield)
+    hidden = mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    with hidden, mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("command", PARTS)
-@pytest.mark.parametrize("flags", ["tiny_cls", "network.tiny_aff --amp bf16"])
+@pytest.mark.parametrize("flags", ["tiny_cls", "network.tiny_aff --amp bf16", "tiny_seg"])
 def test_programs_are_timed_by_parts_with_and_without_switches(command, flags, figures_of):
     figures = figures_of(f"{command} --network {flags}")
     switches = "--amp" in flags
@@ -66,6 +66,21 @@ def test_programs_are_timed_by_parts_with_and_without_switches(command, flags, f
     if switches:
         assert figures.pop("speedup") == pytest.approx(figures.pop("baseline_total_s") / total)
     assert figures == {}
+
+
+def test_all_runs_every_network_and_names_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ALL", ["affinity --bad"])
+    monkeypatch.setattr(bench, "BACKBONES", ["tiny"])
+    monkeypatch.setattr(bench, "BATCHES", {"cls": 1})
+    command = f"tool.bench.__main__ all --repeats 1 --device cpu --json {tmp_path / 'f.json'}"
+    outcome = run_program(command, REPOSITORY)
+    outcome.assert_failed(1, "1 of 3 failed", "affinity --bad")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    failed, *measured = figures.values()
+    assert (failed, len(measured)) == ({}, 2)
+    for values in measured:
+        assert values["images_per_s"] == pytest.approx(1 / values["total_s"])
+        assert values["train_aug_min"] == pytest.approx(10_582 * values["total_s"] / 60)
 
 
 @pytest.mark.parametrize(

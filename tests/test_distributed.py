@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from helpers import REPOSITORY, TINY_TRAINING, Outcome, contents, run_program, w
 
 from tool.run import devices
 from tool.run.cli import default_num_workers
-from tool.run.errors import UsageError
+from tool.run.errors import DataError, Interrupted, UsageError
 from voc12.devkit import read_ids
 
 CPU = torch.device("cpu")
@@ -213,7 +214,7 @@ def launched(monkeypatch):
 def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(devices, "_run_kernel", lambda _: None)
     assert devices.choose_device("auto") == torch.device("cuda:1")
     assert devices.choose_device("cuda") == torch.device("cuda:1")
     assert devices.choose_device("cpu") == CPU
@@ -224,20 +225,108 @@ def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
         devices.choose_device("cuda")
 
 
-def test_memory_is_pinned_for_the_chosen_device_alone(monkeypatch):
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    for device in ("cpu:0", "cuda", "cuda:1"):
-        with devices.process_group(torch.device(device)):
-            pass
-    assert current == [torch.device("cuda:1")]
-
-
 def test_processes_of_a_machine_share_its_cores_out(launched, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     for processes, workers in ((1, 8), (2, 6), (5, 2), (100, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert default_num_workers() == workers
+
+
+class FakeGPU:
+    """A GPU of this compute capability, whose first kernel raises ``error``."""
+
+    def __init__(self, monkeypatch, error=None, capability=(6, 1)):
+        def run_kernel(device):
+            if error and device.type == "cuda":
+                raise error
+
+        monkeypatch.setattr(devices, "_run_kernel", run_kernel)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "set_device", self.choose)
+        self.chosen = None
+
+    def choose(self, device):
+        self.chosen = device
+
+
+NO_KERNEL = RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
+def test_auto_leaves_a_gpu_without_kernels_and_says_so(monkeypatch, capsys):
+    FakeGPU(monkeypatch, NO_KERNEL)
+    assert devices.choose_device("auto") == CPU
+    assert "WARNING: using the CPU: the GPU fails (CUDA error: no kernel" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--device cuda: not usable .*no kernel.*cpu"):
+        devices.choose_device("cuda")
+
+
+def test_auto_does_not_leave_a_full_gpu_or_other_ranks(monkeypatch, request):
+    FakeGPU(monkeypatch, RuntimeError("CUDA error: out of memory"))
+    with pytest.raises(UsageError, match="out of memory"):
+        devices.choose_device("auto")
+    FakeGPU(monkeypatch, NO_KERNEL)
+    request.getfixturevalue("launched")
+    with pytest.raises(UsageError, match="no kernel"):
+        devices.choose_device("auto")
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("cuda:1", "cuda:1"), ("cuda", None), ("cpu", None)])
+def test_current_device_is_the_one_that_is_named(name, chosen, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    with devices.process_group(torch.device(name)):
+        assert gpu.chosen == (chosen and torch.device(chosen))
+
+
+@pytest.mark.parametrize(
+    ("capability", "switches", "useless"),
+    [
+        ((6, 1), devices.Switches("fp16"), ["--amp fp16"]),
+        ((7, 5), devices.Switches("fp16", tf32=True), ["--tf32"]),
+        ((7, 5), devices.Switches("bf16", tf32=True), ["--amp bf16", "--tf32"]),
+        ((8, 0), devices.Switches("bf16", tf32=True), []),
+        ((6, 1), devices.Switches(), []),
+    ],
+)
+def test_switches_that_gain_nothing_are_named(capability, switches, useless, monkeypatch, capsys):
+    FakeGPU(monkeypatch, capability=capability)
+    devices._warn_of_useless(switches, torch.device("cuda"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" gains")[0] for line in lines] == [f"WARNING: {flag}" for flag in useless]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("NCCL error in: x.cpp:1, remote process exited or there was a network error", "has lost"),
+        ("[../gloo/tcp/pair.cc:534] Connection closed by peer [::1]:99", "has lost"),
+        ("The client socket has timed out after 60s while trying to connect", "has lost"),
+        (
+            "NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected",
+            "cannot work with the others (NCCL error in: x.cpp:1, invalid usage Last error: Dupl",
+        ),
+        ("Gloo: unable to find address for: eth9", "cannot work with the others (Gloo: unable"),
+        ("shape '[2]' is invalid", None),
+        ("NCCL error: unhandled cuda error, out of memory", None),
+    ],
+)
+def test_failed_exchange_is_told_from_a_lost_rank(text, words, launched, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with (
+        pytest.raises(DataError if words else RuntimeError, match=re.escape(words or text)),
+        devices.process_group(CPU),
+    ):
+        raise RuntimeError(text)
+
+
+def test_group_is_left_when_all_ranks_are_interrupted(launched, monkeypatch):
+    left = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(1))
+    with pytest.raises(Interrupted), devices.process_group(CPU):
+        raise Interrupted(15, "")
+    assert left == [1]
 
 
 @each_program

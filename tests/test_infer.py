@@ -15,6 +15,8 @@ from helpers import Outcome, contents, run_program
 
 from network import tiny_aff, tiny_cls, tiny_seg
 from tool.maps import load_index_png, load_maps
+from tool.run import inference
+from tool.run.errors import DataError
 from voc12 import toy
 from voc12.devkit import read_ids
 
@@ -489,6 +491,73 @@ def test_out_of_memory_names_the_image(folder, monkeypatch):
     monkeypatch.setattr(tiny_cls.Net, "forward_cam", fail)
     outcome = run_program(COMMANDS["cls"], folder)
     outcome.assert_failed(1, f"{ids_of(folder)[0]}: out of memory", "0 of 6 images are done")
+
+
+def breaks(monkeypatch, owner, method, what, call=3):
+    """On its n-th call, a network's method runs out of memory, or returns NaN."""
+    original, calls = getattr(owner, method), []
+
+    def broken(net, *args):
+        calls.append(1)
+        if len(calls) == call and what == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        output = original(net, *args)
+        return output * torch.nan if len(calls) == call else output
+
+    monkeypatch.setattr(owner, method, broken)
+
+
+NETWORKS = {"cls": (tiny_cls.Net, "forward_cam", 2), "aff": (tiny_aff.Net, "forward_features", 1)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("what", "words"), [("memory", "out of memory"), ("nan", "not finite")])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_image_that_fails_in_the_network_is_never_written(
+    name, what, words, in_background, folder, undisturbed, monkeypatch
+):
+    *owner, calls = NETWORKS[name]  # calls: of an image
+    second = ids_of(folder)[1]
+    monkeypatch.setitem(inference.WRITES_BEHIND, "cpu", in_background)
+    with monkeypatch.context() as patch:
+        breaks(patch, *owner, what, call=1 + calls)
+        outcome = run_program(f"{COMMANDS[name]} --skip_bad", folder)
+    outcome.assert_failed(1, f"1 of 6 images could not be used and were skipped ({second})")
+    assert f"skipped: {second}: " in outcome.err
+    assert words in outcome.err
+    expected = {k: v for k, v in undisturbed[name].items() if second not in k}
+    assert contents(folder / "out") == expected
+    with monkeypatch.context() as patch:
+        breaks(patch, *owner, what, call=1)
+        outcome = run_program(COMMANDS[name], folder)
+    outcome.assert_failed(1, second, words, "5 of 6 images are done")
+    run_program(COMMANDS[name], folder).check()
+    assert contents(folder / "out") == undisturbed[name]
+
+
+# Writing in the background, as on a GPU
+
+
+@pytest.mark.parametrize(("name", "file"), [("cls", 5), ("cls", 28), ("aff", 4), ("aff", 7)])
+def test_error_of_a_write_in_the_background_ends_the_run(
+    name, file, folder, undisturbed, monkeypatch
+):
+    monkeypatch.setitem(inference.WRITES_BEHIND, "cpu", True)
+    with monkeypatch.context() as patch:
+        at_call(os, "fsync", file, disk_full, patch.setattr)  # the first are of records
+        outcome = run_program(COMMANDS[name], folder)
+    outcome.assert_failed(1, "No space left on device", "of 6 images are done")
+    written = contents(folder / "out")
+    assert file - 1 <= len(written) < len(undisturbed[name])
+    assert written.items() <= undisturbed[name].items()
+    run_program(COMMANDS[name], folder).check()
+    assert contents(folder / "out") == undisturbed[name]
+
+
+def test_fp16_that_overflows_names_bf16():
+    inference.require_finite(np.ones(3), "a", "fp16")
+    with pytest.raises(DataError, match=r"^a: .* not finite; .*--amp bf16"):
+        inference.require_finite(torch.tensor([1, torch.inf]), "a", "fp16")
 
 
 # Switches

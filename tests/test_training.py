@@ -16,14 +16,17 @@ import torch
 from helpers import TINY_TRAINING, run_program, write_training_data
 from torch import nn
 
+from tool.run import cli
 from tool.run.cli import add_training_arguments
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import shuffled
 from tool.run.log import Log, describe_run
 from tool.run.training import (
     build_optimizer,
+    diverged,
     end_epoch,
     finish,
+    name_lack_of_memory,
     remaining_batches,
     session_name,
     set_poly_lr,
@@ -230,6 +233,25 @@ def test_lack_of_memory_names_the_flags(training):
 
     with pytest.raises(DataError, match=r"out of memory on cpu in step 1; .*--batch_size.*--amp"):
         train_one_epoch(training(FourGroups(), 1), _batches(0.1), losses_of)
+
+
+def test_lack_of_memory_of_the_optimizer_and_elsewhere_is_one_sentence(training):
+    run = training(FourGroups(), 1)
+    run.optimizer.register_step_pre_hook(mock.Mock(side_effect=MemoryError))
+    with pytest.raises(DataError, match=r"out of memory on cpu in step 1; .*--batch_size"):
+        train_one_epoch(run, _batches(0.1), _losses_of)
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    with pytest.raises(DataError, match="out of memory here; "), name_lack_of_memory("here"):
+        raise error
+    with mock.patch("sys.argv", ["p"]), pytest.raises(SystemExit) as ended:
+        cli.run(argparse.ArgumentParser(), mock.Mock(side_effect=error))
+    assert ended.value.code == 1
+
+
+def test_fp16_that_overflows_names_bf16(training):
+    run = training(FourGroups(), 1)
+    run.scaler = mock.Mock(is_enabled=lambda: True)
+    assert "--amp bf16" in str(diverged(run, "the loss is not finite"))
 
 
 def test_loss_that_is_not_finite_names_the_fresh_layers(training):

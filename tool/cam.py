@@ -23,9 +23,10 @@ def multi_scale_cam(
     total = torch.zeros(len(classes), *size, device=scaled[0].device)
     if not classes:
         return total
+    present = torch.tensor(classes, device=total.device)
     for image in scaled:
         # Mirrored here, not in the loader: this halves what is sent to the device.
-        cams = net.forward_cam(torch.stack([image, image.flip(-1)]))[:, list(classes)].float()
+        cams = net.forward_cam(torch.stack([image, image.flip(-1)]))[:, present].float()
         cams = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
         total += cams[0] + cams[1].flip(-1)
     return total / (total.amax(dim=(1, 2), keepdim=True) + 1e-5)

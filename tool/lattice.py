@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Simplices are computed for this many pixels at a time, to fit in a CPU's cache.
-PIXELS_IN_CACHE = 2**16
+# Simplices are computed for this many pixels at a time: to fit in a CPU's cache, and in a GPU's
+# memory (300 bytes each), where each part costs the time of launching its kernels.
+PIXELS_IN_CACHE, PIXELS_ON_GPU = 2**16, 2**21
+# A GPU splats this many values at a time: 512 MB.
+VALUES_SPLAT = 2**27
 
 
 class SparseRows(NamedTuple):
@@ -89,9 +92,15 @@ class GaussianFilter:
     def _splat_by_atomics(self, values: Tensor) -> Tensor:
         """``self._splat @ values``, by atomic additions."""
         pixels, channels = values.shape
-        added = self._slice.weights.view(pixels, -1, 1) * values[:, None]
+        weights = self._slice.weights.view(pixels, -1, 1)
+        columns = self._slice.columns.view(pixels, -1)
         points = values.new_zeros(self._points + 1, channels)
-        return points.index_add_(0, self._slice.columns, added.view(-1, channels))
+        pixels_at_once = max(1, VALUES_SPLAT // (channels * weights.shape[1]))
+        for start in range(0, pixels, pixels_at_once):
+            part = slice(start, start + pixels_at_once)
+            added = weights[part] * values[part, None]
+            points.index_add_(0, columns[part].flatten(), added.flatten(0, 1))
+        return points
 
 
 def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -109,8 +118,9 @@ def _enclosing_simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     strides = [math.prod(spans[i + 1 :]) for i in range(dimension)] + [0]
     simplices = features.new_zeros(pixels, dtype=torch.int64)
     weights = features.new_empty(pixels, dimension + 1)
-    for start in range(0, pixels, PIXELS_IN_CACHE):
-        part = slice(start, start + PIXELS_IN_CACHE)
+    pixels_at_once = PIXELS_ON_GPU if features.is_cuda else PIXELS_IN_CACHE
+    for start in range(0, pixels, pixels_at_once):
+        part = slice(start, start + pixels_at_once)
         origins, ranks, barycentric = _locate(_elevated(features[:, part]))
         weights[part] = barycentric.t()
         numbers = simplices[part]

@@ -5,6 +5,7 @@
     python3 -m tool.bench crf --height 375 --width 500 --labels 3 --threads 2
     python3 -m tool.bench step --network vgg16_aff --batch 8 --amp bf16
     python3 -m tool.bench infer --network vgg16_cls --amp bf16
+    python3 -m tool.bench all --device cuda --json gpu.json
 
 random_walk, affinity and crf compare with what the released code does, in turns in one process;
 times are medians. Memory is by how much the peak of a fresh process exceeds that of its inputs.
@@ -12,12 +13,17 @@ times are medians. Memory is by how much the peak of a fresh process exceeds tha
 baseline; random_walk compares both sides with double precision.
 
 step and infer show where the time of a training step and of an image goes, and with --amp, --tf32
-or --compile also compare with what is computed without them.
+or --compile also compare with what is computed without them. all runs everything in turn, with
+every network, without and with --amp bf16.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -26,7 +32,54 @@ from tool.bench.stages import infer, step, time_program
 from tool.files import write_json
 from tool.run import cli
 from tool.run.devices import choose_device
+from tool.run.errors import DataError
 from tool.run.log import describe_run
+
+# Every size of ``all``, and the batches that the networks are trained with.
+ALL = ("random_walk", "random_walk --height 94 --width 126", "affinity", "crf --threads 1")
+BACKBONES = ("vgg16", "resnet38", "resnet50")
+BATCHES = {"cls": 16, "aff": 8, "seg": 10}
+TRAIN_AUG = 10_582  # images
+
+
+def all_(args: argparse.Namespace) -> None:
+    """Every benchmark in a process of its own, at the sizes of the method.
+
+    Also prints the images per second, and the minutes that train_aug's 10,582 images would take.
+    """
+    commands = list(ALL)
+    for name, kind in product(BACKBONES, BATCHES):
+        network = f"--network {name}_{kind} --amp bf16"
+        commands += [f"step {network} --batch {BATCHES[kind]}", f"infer {network}"]
+    results: dict[str, dict] = {}
+    for command in commands:
+        print(f"{command}:", flush=True)
+        results[command] = figures_of(command, args)
+        print_figures(results[command])
+        if args.json:  # after each, in case that the time is up
+            write_json(args.json, results)
+    failed = [command for command, figures in results.items() if not figures]
+    if failed:
+        raise DataError(f"{len(failed)} of {len(commands)} failed, see above: {'; '.join(failed)}.")
+
+
+def figures_of(command: str, args: argparse.Namespace) -> dict[str, float]:
+    """What a benchmark measures in a process of its own; nothing if it fails."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "figures.json")
+        flags = ["--device", args.device, "--repeats", str(args.repeats), "--seed", str(args.seed)]
+        words = [sys.executable, "-m", "tool.bench", *command.split(), *flags, "--json", file]
+        if subprocess.run(words, stdout=subprocess.DEVNULL).returncode:
+            return {}
+        figures = json.loads(file.read_text())
+    if "total_s" in figures:
+        options = get_args_parser().parse_args(command.split())
+        for side in ("", "baseline_"):
+            rate = getattr(options, "batch", 1) / figures[f"{side}total_s"]
+            figures[f"{side}images_per_s"] = rate
+            figures[f"{side}train_aug_min"] = TRAIN_AUG / rate / 60
+    return figures
+
 
 # The benchmarks, with the sizes of their inputs.
 SIZES = {
@@ -35,6 +88,7 @@ SIZES = {
     crf: {"height": 375, "width": 500, "labels": 3},
     step: {"batch": 8, "crop_size": 448},
     infer: {},
+    all_: {},
 }
 DEFAULT_NETWORKS = {step: "network.vgg16_aff", infer: "network.vgg16_cls"}
 
@@ -44,7 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python3 -m tool.bench", description=__doc__, **form)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for benchmark, sizes in SIZES.items():
-        name, text = benchmark.__name__, benchmark.__doc__
+        name, text = benchmark.__name__.strip("_"), benchmark.__doc__
         line = text.partition("\n")[0]
         subparser = benchmarks.add_parser(name, help=line, description=text, **form)
         subparser.set_defaults(function=benchmark)
@@ -90,6 +144,9 @@ def main(args: argparse.Namespace) -> None:
         print(peak_megabytes(args.function(args, device)[args.peak_of], device))
         return
     print(*describe_run(args.seed, device), sep="\n")
+    if args.function is all_:
+        all_(args)
+        return
     if args.function in DEFAULT_NETWORKS:
         figures = time_program(args.function, args, device)
     else:

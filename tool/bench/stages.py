@@ -20,21 +20,31 @@ from PIL import Image
 
 import infer_aff
 import infer_cls
+import infer_seg
 import train_aff
 import train_cls
-from tool.maps import save_maps
+import train_seg
+from tool.maps import save_index_png, save_maps
 from tool.run.devices import wait_for
 from tool.run.training import Losses, Training, train_one_epoch
 from voc12 import toy
 
 LONG_SIDE = 500  # of a photograph in VOC, pixels
 LEARNING_RATE = 1e-6  # so small that random weights stay finite
+# By the ending of a network's name: its programs, and the two functions that process an image.
+KINDS = {
+    "cls": (train_cls, infer_cls, "infer_image", "write_outputs"),
+    "aff": (train_aff, infer_aff, "make_walk", "write_labels"),
+    "seg": (train_seg, infer_seg, "segment", "write_outputs"),
+}
 # The programs' flags for files, which are in one folder under the flags' names.
 PATHS = {
     train_cls: ("voc12_root", "train_list", "val_list", "session_name"),
     train_aff: ("voc12_root", "train_list", "la_crf_dir", "ha_crf_dir", "session_name"),
+    train_seg: ("voc12_root", "train_list", "label_dir", "session_name"),
     infer_cls: ("voc12_root", "infer_list", "out_cam", "out_la_crf", "out_ha_crf"),
     infer_aff: ("voc12_root", "infer_list", "cam_dir", "out_rw"),
+    infer_seg: ("voc12_root", "infer_list", "out_seg"),
 }
 
 
@@ -74,7 +84,7 @@ class Stopwatch:
 
 
 def step(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, float]:
-    """A training step of train_cls.py or train_aff.py, in median seconds by parts.
+    """A training step of the network's program, in median seconds by parts.
 
     Loading is the wait for the images, forward includes the loss, and backward the optimizer. With
     --amp, --tf32 or --compile, a step without them is the baseline.
@@ -87,8 +97,9 @@ def step(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[s
         stopwatch.end_part()
         return losses
 
-    program = train_aff if args.network.__name__.endswith("_aff") else train_cls
-    flags = f"--max_epoches 1 --lr {LEARNING_RATE} --batch_size {args.batch} "
+    program, *_ = KINDS[args.network.__name__[-3:]]
+    length = f"--max_iters {1 + args.repeats}" if program is train_seg else "--max_epoches 1"
+    flags = f"{length} --lr {LEARNING_RATE} --batch_size {args.batch} "
     flags += f"--crop_size {args.crop_size} --num_workers {args.num_workers}"
     with mock.patch.object(program, "train_one_epoch", timed_epoch):
         run(program, args, folder, flags)
@@ -96,15 +107,14 @@ def step(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[s
 
 
 def infer(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, float]:
-    """An image of infer_cls.py or infer_aff.py, 500 pixels long, in median seconds by parts.
+    """An image of the network's program, 500 pixels long, in median seconds by parts.
 
-    Network ends with the CAMs, or with the transition matrix; output is the CRF, or the random
-    walk, and the writing. With --amp, --tf32 or --compile, an image without them is the baseline.
+    Network ends with the CAMs, the transition matrix, or the probabilities; output is the CRF, or
+    the random walk, and on a CPU the writing. With --amp, --tf32 or --compile, an image without
+    them is the baseline.
     """
     stopwatch = Stopwatch(device)
-    program, network, output = infer_cls, "infer_image", "write_outputs"
-    if args.network.__name__.endswith("_aff"):
-        program, network, output = infer_aff, "make_walk", "write_labels"
+    _, program, network, output = KINDS[args.network.__name__[-3:]]
     functions = {
         network: stopwatch.timed(getattr(program, network), before=True),
         output: stopwatch.timed(getattr(program, output)),
@@ -153,5 +163,6 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         width, height = Image.open(path).size
         score = np.random.default_rng(0).random((height, width), dtype=np.float32)
         save_maps(folder / "cam_dir" / f"{path.stem}.npy", {0: score, 1: score[::-1]})
+        save_index_png(folder / "label_dir" / f"{path.stem}.png", (score > 0.5).astype(np.uint8))
         for name, object_score in (("la_crf_dir", score**2), ("ha_crf_dir", score)):
             save_maps(folder / name / f"{path.stem}.npy", {0: 1 - object_score, 1: object_score})

@@ -15,7 +15,8 @@ from types import ModuleType
 from tqdm import tqdm
 
 from tool.crf import BACKENDS
-from tool.run.errors import DataError, Interrupted, UsageError
+from tool.run.devices import is_out_of_memory
+from tool.run.errors import DataError, Interrupted, UsageError, reason
 from tool.seeds import NORMALIZATIONS
 
 EXIT_DATA, EXIT_USAGE = 1, 2
@@ -47,6 +48,10 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         sys.exit(EXIT_SIGNAL + 13)  # SIGPIPE, which Windows lacks
     except (DataError, OSError) as error:
         _leave(f"error: {sentence(error)}", EXIT_DATA)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _leave(f"error: out of memory ({reason(error)}); docs/hardware.md says what to lower.", 1)
     except Interrupted as error:
         _leave(f"interrupted: {error}", EXIT_SIGNAL + error.signal_number)
     except KeyboardInterrupt:
@@ -245,7 +250,8 @@ def add_inference_arguments(parser: argparse.ArgumentParser, weights_required: b
         help="make outputs again that are complete, or of other settings; these images' files "
         "are removed first",
     )
-    text = "continue past images that cannot be read, and list them at the end (exit code 1)"
+    text = "continue past images that cannot be read or need more memory than there is, and list "
+    text += "them at the end (exit code 1)"
     add("--skip_bad", action="store_true", help=text)
     add_run_arguments(parser)
     add_speed_arguments(parser)

@@ -7,6 +7,7 @@ something.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tool.run.errors import DataError, UsageError, reason
+from tool.run.errors import DataError, Interrupted, UsageError, reason
 
 DEVICE_TYPES = ("cpu", "cuda")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -26,8 +27,15 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What other launchers set in the environment of a task, and the largest value where there is one.
 SINGLE_TASK = {"RANK": 0, "WORLD_SIZE": 1, "SLURM_NTASKS": 1, "OMPI_COMM_WORLD_SIZE": 1}
-# Words that tell a failed exchange between ranks from other runtime errors.
-EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "tcpstore")
+# The compute capability from which on a switch gains time on a GPU.
+GAINS_FROM = {"--amp bf16": (8, 0), "--amp fp16": (7, 0), "--tf32": (8, 0)}
+# Words that tell a failed exchange between ranks from other runtime errors; and of these, words of
+# one with a rank that is lost.
+EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "tcpstore")
+LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout",
+        "remote process exited", "failed to recv", "tcpstore")  # fmt: skip
+# Words of errors that are a lack of memory, and no torch.OutOfMemoryError.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_status_alloc_failed")
 
 T = TypeVar("T")
 
@@ -47,22 +55,32 @@ def choose_device(name: str) -> torch.device:
     """The device that ``--device`` names; ``auto`` takes CUDA where there is a usable one.
 
     Under torchrun, ``auto`` and ``cuda`` are the GPU with the process's local rank. Raises
-    UsageError for a device that this machine or build does not have.
+    UsageError for a device that cannot be used, except where ``auto`` has the CPU instead.
     """
+    wanted = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(wanted)
         if device.type not in DEVICE_TYPES:
             raise RuntimeError(f"it is none of {', '.join(DEVICE_TYPES)}")
         if device.type == "cuda" and was_launched():
             device = _device_of_local_rank(device)
-        torch.empty(0, device=device)
+        _run_kernel(device)
     except (RuntimeError, AssertionError) as error:
+        # A GPU that is merely full is worth waiting for, and processes must not differ.
+        if name == "auto" and not (was_launched() or is_out_of_memory(error)):
+            print(f"WARNING: using the CPU: the GPU fails ({reason(error)}).", file=sys.stderr)
+            return torch.device("cpu")
         raise UsageError(
-            f"--device {name}: not usable here ({reason(error)}); try auto or cpu."
+            f"--device {wanted}: not usable here ({reason(error)}); try auto or cpu."
         ) from error
     return device
+
+
+def _run_kernel(device: torch.device) -> None:
+    """Raise RuntimeError where PyTorch sees a GPU, but has no kernels for it."""
+    torch.ones(1, device=device).sum().item()
 
 
 def _device_of_local_rank(device: torch.device) -> torch.device:
@@ -88,8 +106,21 @@ def configure_backends(device: torch.device, switches: Switches, fixed_size: boo
         raise UsageError("--tf32: only GPUs have it; on a CPU, try --amp bf16.")
     if device.type != "cuda" and switches.amp == "fp16":
         raise UsageError("--amp fp16: only for GPUs; on a CPU, try bf16.")
+    if device.type == "cuda":
+        _warn_of_useless(switches, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = switches.tf32
     torch.backends.cudnn.benchmark = fixed_size
+
+
+def _warn_of_useless(switches: Switches, device: torch.device) -> None:
+    """Say which switches gain no time on this GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    named = {f"--amp {switches.amp}": switches.amp, "--tf32": switches.tf32}
+    for flag, is_on in named.items():
+        if is_on and capability < GAINS_FROM[flag]:
+            has, needs = ("{}.{}".format(*numbers) for numbers in (capability, GAINS_FROM[flag]))
+            problem = f"gains no time on a GPU of compute capability {has}, only from {needs} on"
+            print_main(f"WARNING: {flag} {problem}.")
 
 
 def to_device(
@@ -110,6 +141,10 @@ def to_device(
     if switches.compile and method:
         setattr(net, method, torch.compile(getattr(net, method)))
     elif switches.compile:
+        if world_size() > 1:
+            # PyTorch would cut the network at the gradients' buckets, and must not cut it where it
+            # has a function with its own gradient, as AffinityNet has.
+            torch._dynamo.config.optimize_ddp = False
         net.compile()
     return net
 
@@ -129,7 +164,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error is a lack of memory, on a GPU or on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and _has(error, OUT_OF_MEMORY)
+
+
+def _has(error: BaseException, phrases: Sequence[str]) -> bool:
+    return any(phrase in str(error).lower() for phrase in phrases)
 
 
 # Random numbers: fresh layers and dropout draw from torch's generators, nothing else does.
@@ -170,7 +209,8 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
     """Within the block: the processes that torchrun started are joined, if it started any.
 
     ``timeout`` is how long a rank may have to wait for another one (default: PyTorch's). Raises
-    DataError where another rank is lost, UsageError for one of several tasks that are not joined.
+    DataError where another rank is lost or cannot be reached, UsageError for one of several tasks
+    that are not joined.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # or pinning memory would take some on GPU 0, too
@@ -183,12 +223,20 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
         dist.init_process_group(backends, timeout=timeout)
         yield
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in EXCHANGE_ERRORS):
+        if not _has(error, EXCHANGE_ERRORS) or is_out_of_memory(error):
             raise
-        raise DataError(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost the others: one "
-            f"has ended or cannot be reached; see its message above ({reason(error)})."
-        ) from error
+        me = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+        if _has(error, LOST):
+            raise DataError(
+                f"{me} has lost the others: one has ended or cannot be reached; see its message "
+                f"above ({reason(error)})."
+            ) from error
+        # NCCL has what went wrong in its last line.
+        problem = " ".join(str(error).split())
+        raise DataError(f"{me} cannot work with the others ({problem}).") from error
+    except Interrupted:  # nobody is lost
+        dist.destroy_process_group()
+        raise
     # Not after an error: it would wait for those that are lost.
     dist.destroy_process_group()
 
@@ -270,8 +318,13 @@ def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
         for name, layer in list(net.named_children()):
             if isinstance(layer, nn.BatchNorm2d) and layer.weight.requires_grad:
                 net.add_module(name, nn.SyncBatchNorm.convert_sync_batchnorm(layer))
-    ids = None if device.index is None else [device.index]
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        net,
+        device_ids=None if device.index is None else [device.index],
+        gradient_as_bucket_view=True,
+        # On GPUs, all ranks have the same statistics of batch norm anyway.
+        broadcast_buffers=device.type != "cuda",
+    )
 
 
 # Signals

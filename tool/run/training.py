@@ -1,4 +1,4 @@
-"""What all trainings share: flags, optimizer, learning rate, and the loop over an epoch."""
+"""What all trainings share: start, resume, the loop over an epoch, and the end."""
 
 import argparse
 import math
@@ -23,14 +23,11 @@ from tool.run.devices import StopSignals, Switches
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.run.loading import in_batches, load, shuffled
 from tool.run.log import Log, describe_run
+from tool.run.optimizer import build_optimizer, set_poly_lr
 from tool.run.provenance import digest_file, settings_of
 from tool.weights import ADVICE, WEIGHT_WORDS, load_for_training
 from tool.weights.pytorch import save_tensors
 
-# Factors of learning rate and weight decay of the four parameter groups: pretrained weights and
-# biases, new weights and biases (released code).
-GROUPS = ((1, 1), (2, 0), (10, 1), (20, 0))
-POLY_POWER = 0.9
 # Flags that decide where and how a training runs, not its numbers.
 IRRELEVANT_FLAGS = {"device", "num_workers", "session_name", "resume", "save_every", "log_every",
                     "tensorboard"}  # fmt: skip
@@ -48,32 +45,6 @@ def session_name(args: argparse.Namespace) -> str:
         if Path(name + suffix).is_dir():
             raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
     return name
-
-
-def build_optimizer(
-    net: nn.Module, lr: float, weight_decay: float, momentum: float | None = None
-) -> torch.optim.SGD:
-    """SGD over a network's four parameter groups.
-
-    Momentum is the decay's value unless given: the released code passes the decay in its place.
-    """
-    momentum = weight_decay if momentum is None else momentum
-    groups = [
-        {"params": group, "base_lr": rate * lr, "weight_decay": decay * weight_decay}
-        for group, (rate, decay) in zip(net.get_parameter_groups(), GROUPS, strict=True)
-    ]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
-
-
-def set_poly_lr(
-    optimizer: torch.optim.Optimizer, step: int, max_step: int, first_only: bool = False
-) -> None:
-    """lr = base lr * (1 - step / max_step)^0.9, for the given step (from 0), in every group.
-
-    With ``first_only``, the other groups keep their base lr.
-    """
-    for group in optimizer.param_groups[: 1 if first_only else None]:
-        group["lr"] = group["base_lr"] * (1 - step / max_step) ** POLY_POWER
 
 
 @dataclass
@@ -240,19 +211,12 @@ def train_one_epoch(
         while training.step < end:
             set_poly_lr(optimizer, training.step, training.max_step, training.poly_first_only)
             optimizer.zero_grad(set_to_none=True)
-            try:
+            with name_lack_of_memory(f"on {training.device} in step {training.step + 1}"):
                 losses = losses_of(model, next(batches))
                 # Gradients become the mean over ranks, but the batch's loss is a sum over them.
                 scaler.scale(losses["loss"] * devices.world_size()).backward()
-            except (RuntimeError, MemoryError) as error:
-                if not devices.is_out_of_memory(error):
-                    raise
-                raise DataError(
-                    f"out of memory on {training.device} in step {training.step + 1}; take a "
-                    "smaller --batch_size or --crop_size, --amp, or more processes (torchrun)."
-                ) from error
-            scaler.step(optimizer)
-            scaler.update()
+                scaler.step(optimizer)
+                scaler.update()
             training.step += 1
 
             training.pending.append({name: loss.detach() for name, loss in losses.items()})
@@ -267,6 +231,20 @@ def train_one_epoch(
             if training.save_every and training.step % training.save_every == 0:
                 save_checkpoint(training)
     return _means(training.losses)
+
+
+@contextmanager
+def name_lack_of_memory(where: str) -> Iterator[None]:
+    """Raises DataError, with what to lower, where the block runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise DataError(
+            f"out of memory {where}; take a smaller --batch_size or --crop_size, --amp, or more "
+            "processes (torchrun)."
+        ) from error
 
 
 def _progress_bar(training: Training, end: int) -> tqdm:
@@ -314,7 +292,9 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
 def diverged(training: Training, what: str) -> DataError:
     """The error that ends a training whose numbers are not finite any more."""
     advice = "try a smaller --lr."
-    if training.fresh_layers:
+    if training.scaler.is_enabled():
+        advice = "try --amp bf16, whose range is wider than that of --amp fp16, or a smaller --lr."
+    elif training.fresh_layers:
         advice = f"{' and '.join(training.fresh_layers)} were not in the weights: try {ADVICE}."
     return DataError(f"{what}; no weights were written; {advice}")
 
