@@ -24,7 +24,7 @@ QUICK = (
     "--train_cls_args '--max_epoches 1 --batch_size 4 --crop_size 64 --resize_long 48 80' "
     "--infer_cls_args '--scales 1' --infer_aff_args '--logt 2' "
     "--train_aff_args '--max_epoches 1 --batch_size 4 --crop_size 72' "
-    "--train_seg_args '--max_iters 2 --batch_size 4 --crop_size 64' --infer_seg_args '--scales 1'"
+    "--train_seg_args '--max_iters 10 --batch_size 4 --crop_size 64' --infer_seg_args '--scales 1'"
 )
 ORDER = [
     *("prepare", "train_cls", "infer_cls", "infer_cls", "train_aff", *["infer_aff"] * 3),
