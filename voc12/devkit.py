@@ -101,8 +101,15 @@ def read_labels(path: str | os.PathLike, class_names: Sequence[str]) -> dict:
 
     Other repositories write the id 2007_000032 as the integer 2007000032: it is found as well.
     """
-    is_table = Path(path).suffix.lower() == ".csv"
-    labels = read_label_table(path, class_names) if is_table else load_npy_dict(path)
+    if Path(path).suffix.lower() == ".csv":
+        names_of = read_table(path)[1]
+        for image_id, names in names_of.items():
+            if unknown := sorted(names.difference(class_names)):
+                problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
+                raise DataError(f"{path}: {problem}; see --classes.")
+        labels = {image_id: class_label(names_of[image_id], class_names) for image_id in names_of}
+    else:
+        labels = load_npy_dict(path)
     if not all(isinstance(key, str) or re.fullmatch(r"\d{10}", str(key)) for key in labels):
         raise DataError(f"{path}: its keys are not image ids; see voc12.prepare.")
     by_voc_id = {re.sub(r"^(\d{4})(\d{6})$", r"\1_\2", str(key)): labels[key] for key in labels}
@@ -134,16 +141,6 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], dict[str, set[str]]]
         names = {name.strip() for name in ";".join(cells).split(";")} - {""}
         names_of[image_id] = names_of.get(image_id, set()) | names
     return columns or sorted(set().union(*names_of.values())), names_of
-
-
-def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The labels {image id: float32 [classes]} of ``read_table``; raises DataError for others."""
-    names_of = read_table(path)[1]
-    for image_id, names in names_of.items():
-        if unknown := sorted(names.difference(class_names)):
-            problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
-            raise DataError(f"{path}: {problem}; see --classes.")
-    return {image_id: class_label(names, class_names) for image_id, names in names_of.items()}
 
 
 def class_label(present: Container[str], class_names: Sequence[str]) -> np.ndarray:

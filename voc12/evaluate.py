@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from tool import metrics
 from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
 from tool.crf import background_and_maps, dense_crf
-from tool.files import atomic_write, write_json
+from tool.files import atomic_write, write_bytes, write_json
 from tool.labels import index_image
 from tool.maps import SizeError, load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
@@ -322,8 +322,7 @@ def write_files(args: argparse.Namespace, result: dict, plot: Callable) -> None:
     if args.json:
         write_json(args.json, result)
     if args.csv:
-        with atomic_write(args.csv) as file:
-            file.write(sweep_csv(result).encode())
+        write_bytes(args.csv, sweep_csv(result).encode())
     if args.plot:
         with atomic_write(args.plot) as file:
             plot(result).savefig(file, format="png")

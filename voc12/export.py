@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tool.files import link_or_copy, make_folder
+from tool.files import link_or_copy, make_folder, write_bytes
 from tool.maps import open_image, save_index_png
 from tool.run import cli
 from tool.run.errors import DataError
@@ -47,8 +47,6 @@ def write_tree(
     ``labels`` and ``masks`` are by image id, to train and to validate with. Raises DataError for an
     image that cannot be read, or a label that does not fit it.
     """
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / name).mkdir(parents=True)
     for image_id, path in cli.progress((labels | masks).items(), "export"):
         photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
@@ -67,7 +65,7 @@ def write_tree(
         (root / "SegmentationClassAug").symlink_to("SegmentationClass")
     for name, ids in (("train", labels), ("aug", labels), ("val", masks)):
         text = "".join(f"{image_id}\n" for image_id in ids)
-        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text, "utf-8")
+        write_bytes(root / "ImageSets" / "Segmentation" / f"{name}.txt", text.encode())
 
 
 def main(args: argparse.Namespace) -> None:

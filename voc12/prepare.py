@@ -22,7 +22,7 @@ import hashlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from tool.files import atomic_write, link_or_copy, make_folder
+from tool.files import link_or_copy, write_bytes
 from tool.maps import save_npy_dict
 from tool.run import cli
 from tool.run.errors import DataError, UsageError
@@ -80,17 +80,14 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
 
 
 def write_list(path: Path, devkit: Devkit, ids: Sequence[str], with_masks: bool) -> None:
-    with atomic_write(path) as file:
-        for image_id in ids:
-            suffix = devkit.image_path(image_id).suffix
-            file.write(f"{list_line(image_id, with_masks, suffix)}\n".encode())
+    lines = (list_line(name, with_masks, devkit.image_path(name).suffix) for name in ids)
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
     print(f"{path}: {len(ids)} images")
 
 
 def write_class_names(path: Path, names: Sequence[str]) -> None:
     """Write classes.txt; raises DataError for names that would not come back from it."""
-    with atomic_write(path) as file:
-        file.write("\n".join([*names, ""]).encode())
+    write_bytes(path, "\n".join([*names, ""]).encode())
     if changed := set(names).difference(read_class_names(path)):
         raise DataError(f"{path}: {min(changed)[:80]!r} cannot be a class name; rename it.")
 
@@ -98,7 +95,6 @@ def write_class_names(path: Path, names: Sequence[str]) -> None:
 def transfer_photographs(out: Path, photographs: Mapping[str, Path], copy: bool) -> None:
     """Link photographs by id into JPEGImages, or copy them; DataError if others are there."""
     folder = out / "JPEGImages"
-    make_folder(folder)
     sources = {folder / (image_id + path.suffix): path for image_id, path in photographs.items()}
     if others := set(folder.glob("[!.]*")) - sources.keys():
         raise DataError(f"{min(others)}: is not of this data set; name another --out_dir.")
