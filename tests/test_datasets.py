@@ -8,7 +8,7 @@ import torch
 from helpers import noise_image, write_annotation, write_image
 from PIL import Image
 
-from tool.labels import VOID, index_image
+from tool.labels import VOID
 from tool.maps import save_maps
 from voc12 import datasets as data
 from voc12.devkit import Devkit
@@ -205,11 +205,3 @@ def test_inference_gives_the_whole_image_and_its_maps(devkit, tmp_path):
     sample = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)[0]
     assert sample.classes == []
     assert sample.maps.shape == (0, 5, 7)
-
-
-def test_index_image_gives_labels_back():
-    local = np.array([[0, 1], [2, 1]])
-    label = index_image(local, [4, 19])
-    assert label.dtype == np.uint8
-    assert label.tolist() == [[0, 5], [20, 5]]
-    assert index_image(np.zeros((2, 2), int), []).tolist() == [[0, 0], [0, 0]]
