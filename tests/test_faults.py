@@ -266,12 +266,9 @@ FAULTS = [
           ("evaluate --pred",),
           ("evaluate --allow_missing --pred",),
           ("evaluate --gt", "--gt"),
+          ("report --cam", "--cam"),
           ("export --rw", "--out_rw"),
       )),
-    *(data(f"{flag}: a file", nothing, f"{flag} pred/b.png", "pred/b.png: is a file", "folder")
-      for flag in ("train_aff --la_crf_dir", "train_aff --ha_crf_dir", "infer_aff --cam_dir",
-                   "evaluate --pred", "evaluate --gt", "evaluate_cam --allow_missing --cam",
-                   "report --cam", "report --la", "sheet --rw", "export --rw")),
     # Masks and predictions
     *(data(f"{command}: {name}", holds(file, content), command, *words)
       for command, name, file, content, *words in (

@@ -360,8 +360,6 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
 
     Maps may be there in either form.
     """
-    if Path(folder).is_file():
-        raise DataError(f"{folder}: is a file; name the folder of <id>{suffix}: {hint}.")
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
     missing = [path for path in paths if not path.is_file()]
     if missing:
