@@ -272,13 +272,10 @@ class Devkit:
             raise DataError(f"{path}: not a readable annotation ({error}).") from error
         if root.tag != "annotation":
             raise DataError(f"{path}: not a VOC annotation; its root is {root.tag[:80]!r}.")
-        label = np.zeros(len(self.class_names), np.float32)
-        for annotated in root.iterfind("object"):
-            class_name = (annotated.findtext("name") or "").strip()
-            if class_name not in self.class_names:
-                raise DataError(f"{path}: {class_name[:80]!r} is not a known class; see --classes.")
-            label[self.class_names.index(class_name)] = 1
-        return label
+        names = [(entry.findtext("name") or "").strip() for entry in root.iterfind("object")]
+        if unknown := set(names).difference(self.class_names):
+            raise DataError(f"{path}: {min(unknown)[:80]!r} is not a known class; see --classes.")
+        return class_label(names, self.class_names)
 
     def load_label(self, path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.

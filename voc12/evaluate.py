@@ -210,12 +210,16 @@ def figures(confusion: np.ndarray, num_images: int, names: Sequence[str]) -> dic
     }
 
 
+def percent(value: float | None) -> str:
+    """A figure in per cent for people; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+
+
 def table(result: dict) -> str:
     """The figures as text."""
 
     def row(name: str, *values: float | None) -> str:
-        cells = ("-" if value is None else f"{value:.1f}" for value in values)
-        return f"{name:<16}" + "".join(f"{cell:>10}" for cell in cells)
+        return f"{name:<16}" + "".join(f"{percent(value):>10}" for value in values)
 
     columns = [result[column] for column in ("per_class", "precision", "recall")]
     background = result["background"]
