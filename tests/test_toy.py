@@ -85,9 +85,6 @@ def test_folders_with_other_content_are_refused(devkit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["work.txt"]
 
 
-def test_the_command_line_refuses_numbers_out_of_range(tmp_path):
-    for flag in ("--images 1", "--size 63", "--size 4097", "--seed -1"):
-        run_program(f"voc12.toy devkit {flag}", tmp_path).assert_failed(2, *flag.split())
-    assert not (tmp_path / "devkit").exists()
+def test_the_command_line(tmp_path):
     outcome = run_program("voc12.toy devkit --images 2 --size 64", tmp_path).check()
     assert outcome.out == "devkit: 2 images (1 train, 1 val).\n"
