@@ -81,11 +81,6 @@ def _from_buffer(content: bytes | str, kind: _DType, shape: tuple, order: str) -
     return array
 
 
-def _tensor_storage(stream: bytes) -> torch.TypedStorage:
-    """What holds a tensor's numbers; the pickle has it as a stream of ``torch.save``."""
-    return torch.load(io.BytesIO(stream), map_location="cpu", weights_only=True)
-
-
 def _array_of_tensor(
     storage: torch.TypedStorage, offset: int, shape: tuple, strides: tuple, *_: Any
 ) -> np.ndarray:
@@ -110,7 +105,10 @@ NAMES: dict[str, Any] = {
     "_codecs.encode": lambda text, _: text.encode("latin1"),
     "__builtin__.bytes": lambda: b"",
     "torch._utils._rebuild_tensor_v2": _array_of_tensor,
-    "torch.storage._load_from_bytes": _tensor_storage,
+    # A tensor's numbers, as a stream of torch.save.
+    "torch.storage._load_from_bytes": lambda stream: torch.load(
+        io.BytesIO(stream), map_location="cpu", weights_only=True
+    ),
     "collections.OrderedDict": lambda: _Dict(),  # a tensor's hooks
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2

@@ -58,12 +58,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def list_line(image_id: str, with_mask: bool, suffix: str = ".jpg") -> str:
-    """An image's line in a list: its path and, if asked, its mask's, below the devkit."""
-    line = f"/JPEGImages/{image_id}{suffix}"
-    return f"{line} /SegmentationClassAug/{image_id}.png" if with_mask else line
-
-
 def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | None) -> list[str]:
     """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
     # Names that begin with a dot are macOS's companions of files.
@@ -80,8 +74,12 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
 
 
 def write_list(path: Path, devkit: Devkit, ids: Sequence[str], with_masks: bool) -> None:
-    lines = (list_line(name, with_masks, devkit.image_path(name).suffix) for name in ids)
-    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+    """Write a line for each image: its path and, if asked, its mask's, below the devkit."""
+    text = ""
+    for image_id in ids:
+        mask = f" /SegmentationClassAug/{image_id}.png" if with_masks else ""
+        text += f"/JPEGImages/{devkit.image_path(image_id).name}{mask}\n"
+    write_bytes(path, text.encode())
     print(f"{path}: {len(ids)} images")
 
 
