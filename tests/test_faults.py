@@ -340,8 +340,6 @@ FAULTS = [
           ("train_aff --device cuda:99", "--device cuda:99"),
           ("train_cls --device cpu --amp fp16", "--amp fp16"),
           ("train_aff --device cpu --tf32", "--tf32"),
-          ("infer_cls --device cpu --amp fp16", "--amp fp16"),
-          ("infer_aff --device cpu --tf32", "--tf32"),
           ("train_cls --lerning_rate 1", "--lerning_rate"),
           ("train_cls --lr nan", "--lr", "'nan'"),
           ("train_aff --radius 1", "--radius", "'1'"),

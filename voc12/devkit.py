@@ -63,9 +63,8 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     names = tuple(read_lines(path))
     if not names:
         raise DataError(f"{path}: holds no class names; write one a line.")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(f"{path}: the class {repeated[0][:80]!r} is there twice.")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"{path}: the class {min(repeated)[:80]!r} is there twice.")
     if BACKGROUND in names:
         raise DataError(f"{path}: leave out {BACKGROUND}; it always is label 0.")
     if len(names) >= VOID:
@@ -358,8 +357,7 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
     Maps may be there in either form.
     """
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         count = f"{len(missing)} of {len(ids)} are missing"
         raise DataError(f"{missing[0]}: no such file ({count}); {hint}.")
 

@@ -73,9 +73,8 @@ def main(args: argparse.Namespace) -> None:
     devkit.require_output("--out", args.out)
     labels = {image_id: Path(args.rw, f"{image_id}.png") for image_id in read_ids(args.list)}
     masks = {image_id: devkit.mask_path(image_id) for image_id in read_ids(args.val_list)}
-    both = sorted(labels.keys() & masks.keys())
-    if both:
-        raise DataError(f"{both[0]}: is in --list and --val_list; remove it from one.")
+    if both := labels.keys() & masks.keys():
+        raise DataError(f"{min(both)}: is in --list and --val_list; remove it from one.")
     devkit.require_images([*labels, *masks])
     hint = "infer_aff.py --out_rw with the same list makes them"
     require_files(args.rw, list(labels), ".png", hint)

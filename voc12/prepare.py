@@ -207,8 +207,7 @@ def prepare_devkit(args: argparse.Namespace) -> None:
             "not made: train_aug.txt, because SegmentationClassAug has no masks. Put those of VOC "
             "and SBD there, name SBD with --sbd_root, or train on train.txt (--train_list)."
         )
-    unlabelled = len(ids) - len(labels)
-    if unlabelled:
+    if unlabelled := len(ids) - len(labels):
         print(f"images without an annotation, hence without a label: {unlabelled} (as VOC's test).")
 
 
