@@ -117,17 +117,6 @@ def test_an_image_at_several_scales(devkit):
     assert np.array_equal(half, as_float(np.asarray(bicubic)))
 
 
-@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
-def test_photograph_one_pixel_wide(size, devkit):
-    write_image(devkit.root, "a", noise_image(*size), "JPEG")
-    write_annotation(devkit.root, "a", ["rust"])
-    train = data.ClassifierTrainingSet(devkit, ["a"], as_float, 24, (8, 32), seed=0)
-    assert train[0, 0][0].shape == (3, 24, 24)
-    scaled = data.MultiScaleSet(devkit, ["a"], as_float, (1, 0.5, 2))[0].scaled
-    assert all(min(image.shape[1:]) >= 1 for image in scaled)
-    assert scaled[2].shape == (3, 2 * size[0], 2 * size[1])
-
-
 # Stage 3
 
 CROP, STRIDE = 48, 8
