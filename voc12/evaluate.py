@@ -141,6 +141,7 @@ class Scorer:
         scores = BACKGROUNDS[kind](maps, value)
         if crf_backend:
             photograph = np.array(self.devkit.load_image(image_id))
+            self._load_mask(image_id, self.devkit.image_path(image_id), photograph.shape[:2])
             (scores,) = dense_crf(photograph, [scores], backend=crf_backend)
         prediction = index_image(scores.argmax(axis=0), classes)
         return metrics.confusion_matrix(mask, prediction, len(self.devkit.label_names))
