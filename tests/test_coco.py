@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from helpers import contents, noise_image, run_program
 from PIL import Image, ImageDraw
-from PIL.ImageFilter import MaxFilter, MinFilter
 
 from tool.maps import load_index_png, load_npy_dict
-from voc12.coco import draw_mask
-from voc12.devkit import Devkit, read_class_names, read_ids
+from voc12.devkit import read_class_names, read_ids
 
 mask_tools = pytest.importorskip("pycocotools.mask")
 
@@ -151,15 +149,6 @@ def test_masks_lists_and_labels(flags, world):
         assert photograph.read_bytes() == original.read_bytes()
 
 
-def test_slanted_polygons_differ_from_another_drawing_at_their_border_only():
-    points = [5, 3.5, 50, 20, 8, 37.2, 20, 20]
-    image = Image.new("L", (WIDTH, HEIGHT))
-    ImageDraw.Draw(image).polygon(points, fill=3)
-    border = np.not_equal(*(image.filter(kind(3)) for kind in (MaxFilter, MinFilter)))
-    mask = draw_mask(SIZE, [(3, 0, [np.array(points)])])
-    assert np.array_equal(mask[~border], np.array(image)[~border])
-
-
 def test_a_repeated_command_keeps_what_is_complete(world):
     run_program(COCO.replace("--num_workers 0", "--num_workers 2"), world).check()
     first = contents(world / "OUT")
@@ -192,7 +181,6 @@ FAULTS = {
     "turned": (_change(3, segmentation={"size": [56, 40], "counts": [3, 2237]}), "encoding"),
     "short text": (_change(4, segmentation={"size": [*SIZE], "counts": "04"}), "encoding"),
     "no shape": (_change(0, segmentation=None), "drawn"),
-    "number": (_change(3, segmentation={"size": [*SIZE], "counts": 3}), "drawn"),
     "size": (lambda c: c["images"][0].update(height=41), "(41, 56)"),
     "same name": (lambda c: c["images"][0].update(file_name=f"{TRAIN[1]}.jpg"), "same file name"),
     "class": (lambda c: c["categories"][0].update(name="background"), "classes.txt"),
@@ -209,7 +197,7 @@ def test_bad_annotations_give_one_sentence(fault, world):
     run_program(COCO, world).assert_failed(1, words)
 
 
-@pytest.mark.parametrize("text", ["", '{"images": [', "[]", "{}", '{"images": 3}', "\xff\0"])
+@pytest.mark.parametrize("text", ["", "[]", '{"images": 3}'])
 def test_what_is_no_json_of_coco_gives_one_sentence(text, world):
     write_json(world, "val", text)
     run_program(COCO, world).assert_failed(1, "instances_val2014.json", "not a file")
@@ -226,34 +214,13 @@ def test_missing_files_and_others_in_the_folder_give_one_sentence(world):
     run_program(COCO, world).assert_failed(1, "images of train")
 
 
-def test_all_stages_run_on_the_result(world, one_thread):
+def test_programs_train_on_the_result(world, one_thread):
     run_program(COCO, world).check()
     data = "--voc12_root OUT --classes OUT/classes.txt --num_workers 0 --device cpu"
-    labels = "--label_file OUT/cls_labels.npy"
-    train = "--weights none --batch_size 2 --lr 0.01 --train_list OUT/train.txt"
-    for command in (
-        f"train_cls --network network.tiny_cls {data} {labels} {train} --max_epoches 1 "
-        "--val_list OUT/val.txt --crop_size 48 --resize_long 40 56 --val_crop_size 48 "
-        "--session_name cls",
-        *(
-            f"infer_cls --network network.tiny_cls {data} {labels} --weights cls.pth --scales 1 "
-            f"--infer_list OUT/{split}.txt --out_cam cam --out_la_crf la --out_ha_crf ha"
-            for split in ("train", "val")
-        ),
-        f"train_aff --network network.tiny_aff {data} {train} --train_list OUT/val.txt "
-        "--max_epoches 1 --crop_size 72 --la_crf_dir la --ha_crf_dir ha --session_name aff",
-        f"infer_aff --network network.tiny_aff {data} --weights aff.pth --infer_list OUT/val.txt "
-        "--cam_dir cam --logt 2 --out_rw rw",
-        f"train_seg --network network.tiny_seg {data} {train} --max_iters 1 --crop_size 48 "
-        "--label_dir OUT/SegmentationClass --session_name seg --train_list OUT/val.txt",
-        "voc12.evaluate --voc12_root OUT --classes OUT/classes.txt --list OUT/val.txt --pred rw "
-        "--num_workers 0",
-        "voc12.report --voc12_root OUT --classes OUT/classes.txt --list OUT/val.txt --cam cam "
-        "--la la --ha ha --rw rw --out page.html",
-    ):
-        result = run_program(command, world).check()
-        if "infer_cls" in command and "val" in command:
-            assert "2 from OUT/cls_labels.npy, 0 from annotations, 1 of no class" in result.out
-    assert load_npy_dict(world / "cam" / f"{VAL[1]}.npy") == {}
-    assert not load_index_png(world / "rw" / f"{VAL[1]}.png").any()
-    assert Devkit(world / "OUT").load_image(VAL[1]).size == (WIDTH, HEIGHT)
+    train = "--weights none --batch_size 2 --lr 0.01 --train_list OUT/train.txt --crop_size 48"
+    cls = f"train_cls --network network.tiny_cls {data} {train} --label_file OUT/cls_labels.npy "
+    cls += "--max_epoches 1 --val_list OUT/val.txt --resize_long 40 56 --val_crop_size 48"
+    result = run_program(cls, world).check()
+    assert "4 from OUT/cls_labels.npy, 0 from annotations, 1 of no class" in result.out
+    seg = f"train_seg --network network.tiny_seg {data} {train} --max_iters 1"
+    run_program(f"{seg} --label_dir OUT/SegmentationClass", world).check()

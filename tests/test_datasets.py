@@ -8,7 +8,7 @@ import torch
 from helpers import noise_image, write_annotation, write_image
 from PIL import Image
 
-from tool.labels import VOID, index_image
+from tool.labels import VOID
 from tool.maps import save_maps
 from voc12 import datasets as data
 from voc12.devkit import Devkit
@@ -117,17 +117,6 @@ def test_an_image_at_several_scales(devkit):
     assert np.array_equal(half, as_float(np.asarray(bicubic)))
 
 
-@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
-def test_photograph_one_pixel_wide(size, devkit):
-    write_image(devkit.root, "a", noise_image(*size), "JPEG")
-    write_annotation(devkit.root, "a", ["rust"])
-    train = data.ClassifierTrainingSet(devkit, ["a"], as_float, 24, (8, 32), seed=0)
-    assert train[0, 0][0].shape == (3, 24, 24)
-    scaled = data.MultiScaleSet(devkit, ["a"], as_float, (1, 0.5, 2))[0].scaled
-    assert all(min(image.shape[1:]) >= 1 for image in scaled)
-    assert scaled[2].shape == (3, 2 * size[0], 2 * size[1])
-
-
 # Stage 3
 
 CROP, STRIDE = 48, 8
@@ -205,11 +194,3 @@ def test_inference_gives_the_whole_image_and_its_maps(devkit, tmp_path):
     sample = data.AffinityInferenceSet(devkit, ["a"], as_float, tmp_path)[0]
     assert sample.classes == []
     assert sample.maps.shape == (0, 5, 7)
-
-
-def test_index_image_gives_labels_back():
-    local = np.array([[0, 1], [2, 1]])
-    label = index_image(local, [4, 19])
-    assert label.dtype == np.uint8
-    assert label.tolist() == [[0, 5], [20, 5]]
-    assert index_image(np.zeros((2, 2), int), []).tolist() == [[0, 0], [0, 0]]

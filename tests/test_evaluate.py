@@ -9,8 +9,7 @@ from helpers import noise_image, run_program, write_image, write_mask
 from PIL import Image
 
 from tool.crf import dense_crf
-from tool.labels import voc_palette
-from tool.maps import load_index_png, save_maps
+from tool.maps import save_maps
 from tool.metrics import confusion_matrix, mean_iou
 from voc12.devkit import Devkit
 from voc12.evaluate import SWEEPS, Scorer, sweep, winning_score
@@ -90,17 +89,6 @@ def test_masks_of_another_folder_repeated_ids_gray_images_and_workers_change_not
     assert figures(world, "--pred pred --gt masks --num_workers 3") == expected
 
 
-def test_palettes_in_another_order_change_nothing(world):
-    expected = figures(world, "--pred pred")
-    order = np.random.default_rng(0).permutation(256)
-    palette = np.array(voc_palette(), np.uint8).reshape(256, 3)[order]
-    for path in [*world.glob("VOC/*/*.png"), *world.glob("pred/*.png")]:
-        image = Image.fromarray(np.argsort(order).astype(np.uint8)[load_index_png(path)])
-        image.putpalette(palette.tobytes())
-        image.save(path)
-    assert figures(world, "--pred pred") == expected
-
-
 def test_missing_predictions_are_counted_with_allow_missing(world):
     (world / "pred" / "a.png").unlink()
     result = figures(world, "--pred pred --allow_missing")
@@ -140,13 +128,6 @@ def test_an_image_without_maps_is_background_at_every_threshold(kind, world):
     assert figures(world, f"--cam cam --{kind} 0.2")["per_class"]["background"] == 100
     points = figures(world, f"--cam cam --sweep {kind}")["points"]
     assert {point["miou"] for point in points} == {100}
-
-
-def test_maps_are_keyed_by_class(world):
-    save_maps(world / "cam" / "a.npy", {1: np.ones((2, 4)), 2: np.full((2, 4), 0.5)})
-    (world / "list.txt").write_text("a\n")
-    write_mask(world / "VOC", "a", np.full((2, 4), 2))
-    assert figures(world, "--cam cam")["per_class"]["rust"] == 100
 
 
 @pytest.mark.parametrize("flags", ["", "--alpha 4"])

@@ -31,28 +31,16 @@ def world(tmp_path, rng):
 
 
 def read_pairs(images, labels, ids):
-    return [
-        (np.asarray(Image.open(images / f"{i}.jpg")), np.asarray(Image.open(labels / f"{i}.png")))
-        for i in ids
-    ]
+    paths = ((images / f"{image_id}.jpg", labels / f"{image_id}.png") for image_id in ids)
+    return [tuple(Image.open(path).tobytes() for path in pair) for pair in paths]
 
 
 def expected_pairs(world):
     """The photographs with the pseudo labels of train, and with the official masks of val."""
     images = world / "VOC" / "JPEGImages"
     train = read_pairs(images, world / "rw", TRAIN)
-    return {
-        "train": train,
-        "aug": train,
-        "val": read_pairs(images, world / "VOC" / "SegmentationClass", VAL),
-    }
-
-
-def assert_same_pairs(pairs, expected):
-    assert len(pairs) == len(expected) > 0
-    for pair, wanted in zip(pairs, expected, strict=True):
-        for image, other in zip(pair, wanted, strict=True):
-            assert np.array_equal(image, other)
+    val = read_pairs(images, world / "VOC" / "SegmentationClass", VAL)
+    return {"train": train, "aug": train, "val": val}
 
 
 def assert_read_as_written(world, expected):
@@ -61,13 +49,13 @@ def assert_read_as_written(world, expected):
     for split, pairs in expected.items():
         ids = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
         labels = root / ("SegmentationClassAug" if split == "aug" else "SegmentationClass")
-        assert_same_pairs(read_pairs(root / "JPEGImages", labels, ids), pairs)
+        assert read_pairs(root / "JPEGImages", labels, ids) == pairs
         if split != "aug":
             dataset = torchvision.datasets.VOCSegmentation(world / "out", image_set=split)
-            assert_same_pairs([(np.asarray(i), np.asarray(m)) for i, m in dataset], pairs)
+            assert [tuple(image.tobytes() for image in pair) for pair in dataset] == pairs
 
 
-def test_torchvision_and_mmsegmentation_read_the_tree_also_after_it_moved(world):
+def test_torchvision_and_mmsegmentation_read_the_tree(world):
     before, expected = contents(world), expected_pairs(world)
     out = run_program(EXPORT, world).check().out
     assert_read_as_written(world, expected)
@@ -77,21 +65,6 @@ def test_torchvision_and_mmsegmentation_read_the_tree_also_after_it_moved(world)
     assert [path.name for path in (world / "out").iterdir()] == ["VOCdevkit"]
     after = contents(world)
     assert {name: after[name] for name in before} == before
-
-    (world / "out").rename(world / "elsewhere")
-    (world / "out").mkdir()
-    (world / "elsewhere" / "VOCdevkit").rename(world / "out" / "VOCdevkit")
-    assert_read_as_written(world, expected)
-
-
-def test_gray_labels_get_the_palette_and_keep_their_values(world):
-    label = load_index_png(world / "rw" / "a.png")
-    Image.fromarray(label).save(world / "rw" / "a.png")
-    run_program(EXPORT, world).check()
-    with Image.open(world / TREE / "SegmentationClass" / "a.png") as image:
-        assert image.mode == "P"
-        assert image.getpalette() == voc_palette()
-        assert np.array_equal(np.asarray(image), label)
 
 
 def test_masks_get_vocs_indices_and_photographs_the_ending_jpg(world):
@@ -104,6 +77,7 @@ def test_masks_get_vocs_indices_and_photographs_the_ending_jpg(world):
     run_program(EXPORT, world).check()
     with Image.open(world / TREE / "SegmentationClass" / "d.png") as image:
         assert np.array_equal(image, mask)
+        assert image.getpalette() == voc_palette()
     assert (world / TREE / "JPEGImages" / "d.jpg").resolve().name == "d.JPEG"
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from tool.maps import load_cams, save_maps, save_npy_dict
 from tool.run.errors import DataError
 from voc12.devkit import Devkit, read_class_names, read_ids, require_ids
-from voc12.prepare import list_line
+from voc12.prepare import write_list
 
 CLASSES = ("crack", "rust", "moss")
 # Characters that have a meaning in a list, a path or markup, among any others.
@@ -70,7 +70,7 @@ def test_an_id_comes_back_from_a_list_or_is_refused(devkit, image_id, with_mask)
         assert image_id not in ("my photo", "Größe 写真.2", "a#1")
         return
     path = devkit.root / "list.txt"
-    path.write_text(f"before\n{list_line(image_id, with_mask)}\n", "utf-8")
+    write_list(path, devkit, ["before", image_id], with_mask)
     assert read_ids(path) == ["before", image_id]
 
 

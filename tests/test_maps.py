@@ -65,19 +65,6 @@ def test_maps_are_what_numpy_reads_and_the_same_bytes_each_time(tmp_path):
     assert (tmp_path / "b.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
 
 
-def test_maps_of_other_number_types_orders_and_compressions_are_read(tmp_path):
-    maps = {0: np.array([[1, 2]], ">f8"), 1: np.array([[3, 4]], "<f2")}
-    maps[12] = np.asfortranarray(np.array([[5, 6]], "u1"))
-    save_npy_dict(tmp_path / "a.npy", maps)
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / f"{save.__name__}.npz", **{str(k): v for k, v in maps.items()})
-    for path in tmp_path.iterdir():
-        loaded = load_maps(path, (1, 2))
-        assert list(loaded) == [0, 1, 12]
-        assert [values.tolist() for values in loaded.values()] == [[[1, 2]], [[3, 4]], [[5, 6]]]
-        assert all(values.dtype == np.float32 for values in loaded.values())
-
-
 # ---- which file ----
 
 
@@ -137,8 +124,7 @@ GOOD = _array_file(np.ones(SIZE, np.float32))
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"cat.npy": GOOD}, "'cat' is not named by a class"),
-        ({"01.npy": GOOD}, "not named by a class"),
+        ({"cat.npy": GOOD}, "'cat' is not a class index"),
         ({"1.npy": _array_file(np.ones((3, 3)))}, "2 x 3 and 3 x 3"),
         ({"1.npy": _array_file(np.full(SIZE, None))}, "cannot be read"),
         ({"1.npy": _array_file(np.zeros(SIZE, "f4,f4"))}, "not a two-dimensional number array"),

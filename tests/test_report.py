@@ -313,23 +313,6 @@ def test_what_is_no_log_is_refused(text, world):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--la cam --ha cam", ("cam/a.npy", "background")),
-        ("--rw high", ("high/a.png", "label 5", "4 classes", "--classes")),
-        ("--la high --ha high", ("high/a.npy", "label 5", "--classes")),
-        ("--rw small", ("small/a.png", "4 x 4", f"{HEIGHT} x {WIDTH}")),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(flags, words, world):
-    for image_id in IDS:
-        save_index_png(world.root / f"small/{image_id}.png", np.zeros((4, 4), np.uint8))
-        save_index_png(world.root / f"high/{image_id}.png", np.full(SIZE, 5, np.uint8))
-        save_maps(world.root / f"high/{image_id}.npy", dict.fromkeys((0, 5), np.ones(SIZE)))
-    run_program(f"{REPORT} {flags} --out x.html", world.root).assert_failed(1, *words)
-
-
-@pytest.mark.parametrize(
     ("flags", "rows", "columns"),
     [("", 5, 2), ("--images 2 --rw rw", 2, 3), (f"--images 9 {STAGES}", 5, 5)],
 )

@@ -12,7 +12,6 @@ from voc12 import toy
 from voc12.devkit import Devkit
 
 IMAGES, SIZE, SEED = 30, 64, 3
-VOID_WIDTH = 2  # pixels from a border, at most
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,6 @@ def _split(devkit, name):
 
 def _annotated_labels(devkit, image_id):
     return set(np.flatnonzero(Devkit(devkit).annotated_label(image_id)) + 1)
-
-
-def _masks(devkit, image_id):
-    """The full mask and the one with void."""
-    folders = ("SegmentationClassAug", "SegmentationClass")
-    return [load_index_png(devkit / folder / f"{image_id}.png") for folder in folders]
 
 
 def test_layout_is_complete_and_splits_are_disjoint(devkit):
@@ -63,7 +56,8 @@ def test_images_depend_on_seed_and_index_only(devkit, tmp_path):
 
 def test_masks_agree_with_images_and_annotations(devkit):
     for image_id in _split(devkit, "train"):
-        full, with_void = _masks(devkit, image_id)
+        folders = ("SegmentationClassAug", "SegmentationClass")
+        full, with_void = (load_index_png(devkit / name / f"{image_id}.png") for name in folders)
         with Image.open(devkit / "JPEGImages" / f"{image_id}.jpg") as image:
             size = list(image.size)
             assert image.mode == "RGB"
@@ -75,16 +69,10 @@ def test_masks_agree_with_images_and_annotations(devkit):
         assert set(np.unique(full)) == {0} | classes
         assert set(np.unique(with_void)) == {0, VOID} | classes
         assert all((full == k).mean() >= 0.015 for k in classes)
-
-
-def test_void_lies_along_borders_only(devkit):
-    for image_id in _split(devkit, "val"):
-        full, with_void = _masks(devkit, image_id)
-        padded = np.pad(full, VOID_WIDTH, mode="edge")
-        around = np.lib.stride_tricks.sliding_window_view(padded, (2 * VOID_WIDTH + 1,) * 2)
+        padded = np.pad(full, 1, mode="edge")
+        around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
         inside = (around == full[..., None, None]).all((2, 3))
-        assert np.array_equal(with_void[inside], full[inside])
-        assert np.isin(with_void[~inside], [VOID, *np.unique(full)]).all()
+        assert np.array_equal(with_void, np.where(inside, full, VOID))
 
 
 def test_folders_with_other_content_are_refused(devkit, tmp_path):
@@ -97,9 +85,6 @@ def test_folders_with_other_content_are_refused(devkit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["work.txt"]
 
 
-def test_the_command_line_refuses_numbers_out_of_range(tmp_path):
-    for flag in ("--images 1", "--size 63", "--size 4097", "--seed -1"):
-        run_program(f"voc12.toy devkit {flag}", tmp_path).assert_failed(2, *flag.split())
-    assert not (tmp_path / "devkit").exists()
+def test_the_command_line(tmp_path):
     outcome = run_program("voc12.toy devkit --images 2 --size 64", tmp_path).check()
     assert outcome.out == "devkit: 2 images (1 train, 1 val).\n"

@@ -39,10 +39,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file, complete or not at all."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a content as JSON for people to read, complete or not at all."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def make_folder(folder: Path) -> None:
@@ -67,6 +72,7 @@ def link_or_copy(source: Path, target: Path, copy: bool) -> None:
         with open(source, "rb") as original, atomic_write(target) as file:
             shutil.copyfileobj(original, file)
     else:
+        make_folder(target.parent)
         target.symlink_to(source.resolve())
 
 

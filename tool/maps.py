@@ -70,13 +70,7 @@ def _read_npy(path: Path) -> dict:
 
 def _read_npz(path: Path) -> dict[int | str, np.ndarray | bytes]:
     with np.load(path, allow_pickle=False) as archive:
-        if "keys" in archive.files:  # stacked maps
-            return dict(archive)
-        for name in archive.files:
-            if not name.isdecimal() or str(int(name)) != name:
-                problem = f"{name[:20]!r} is not named by a class index"
-                raise ValueError(f"{problem}; its arrays are {seeds.listed(archive)}")
-        return {int(name): archive[name] for name in archive.files}
+        return {int(name) if name.isdecimal() else name: archive[name] for name in archive.files}
 
 
 def save_maps(

@@ -81,17 +81,6 @@ def _from_buffer(content: bytes | str, kind: _DType, shape: tuple, order: str) -
     return array
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"it has bytes in the encoding {encoding[:20]!r}")
-    return text.encode("latin1")
-
-
-def _tensor_storage(stream: bytes) -> torch.TypedStorage:
-    """What holds a tensor's numbers; the pickle has it as a stream of ``torch.save``."""
-    return torch.load(io.BytesIO(stream), map_location="cpu", weights_only=True)
-
-
 def _array_of_tensor(
     storage: torch.TypedStorage, offset: int, shape: tuple, strides: tuple, *_: Any
 ) -> np.ndarray:
@@ -113,10 +102,13 @@ NAMES: dict[str, Any] = {
     "numpy.dtype": _DType,
     "numpy.ndarray": None,  # only ever an argument of _reconstruct
     # Bytes under protocol 2; the second where there are none.
-    "_codecs.encode": _encode_latin1,
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
     "__builtin__.bytes": lambda: b"",
     "torch._utils._rebuild_tensor_v2": _array_of_tensor,
-    "torch.storage._load_from_bytes": _tensor_storage,
+    # A tensor's numbers, as a stream of torch.save.
+    "torch.storage._load_from_bytes": lambda stream: torch.load(
+        io.BytesIO(stream), map_location="cpu", weights_only=True
+    ),
     "collections.OrderedDict": lambda: _Dict(),  # a tensor's hooks
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2

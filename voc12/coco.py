@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from tool.files import atomic_write
+from tool.files import write_bytes
 from tool.labels import VOID
 from tool.maps import open_image, save_index_png
 from tool.run import cli, provenance
@@ -218,8 +218,8 @@ def main(args: argparse.Namespace) -> None:
     write_class_names(out / "classes.txt", class_names)
     write_masks(args, pictures, contents)
     for split, ids in lists.items():
-        with atomic_write(out / "ImageSets" / "Segmentation" / f"{split}.txt") as file:
-            file.write("\n".join([*ids, ""]).encode())
+        path = out / "ImageSets" / "Segmentation" / f"{split}.txt"
+        write_bytes(path, "\n".join([*ids, ""]).encode())
     write_lists(out, class_names, lists, {key: value.classes for key, value in pictures.items()})
 
 

@@ -63,9 +63,8 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     names = tuple(read_lines(path))
     if not names:
         raise DataError(f"{path}: holds no class names; write one a line.")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(f"{path}: the class {repeated[0][:80]!r} is there twice.")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"{path}: the class {min(repeated)[:80]!r} is there twice.")
     if BACKGROUND in names:
         raise DataError(f"{path}: leave out {BACKGROUND}; it always is label 0.")
     if len(names) >= VOID:
@@ -101,8 +100,15 @@ def read_labels(path: str | os.PathLike, class_names: Sequence[str]) -> dict:
 
     Other repositories write the id 2007_000032 as the integer 2007000032: it is found as well.
     """
-    is_table = Path(path).suffix.lower() == ".csv"
-    labels = read_label_table(path, class_names) if is_table else load_npy_dict(path)
+    if Path(path).suffix.lower() == ".csv":
+        names_of = read_table(path)[1]
+        for image_id, names in names_of.items():
+            if unknown := sorted(names.difference(class_names)):
+                problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
+                raise DataError(f"{path}: {problem}; see --classes.")
+        labels = {image_id: class_label(names_of[image_id], class_names) for image_id in names_of}
+    else:
+        labels = load_npy_dict(path)
     if not all(isinstance(key, str) or re.fullmatch(r"\d{10}", str(key)) for key in labels):
         raise DataError(f"{path}: its keys are not image ids; see voc12.prepare.")
     by_voc_id = {re.sub(r"^(\d{4})(\d{6})$", r"\1_\2", str(key)): labels[key] for key in labels}
@@ -134,16 +140,6 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], dict[str, set[str]]]
         names = {name.strip() for name in ";".join(cells).split(";")} - {""}
         names_of[image_id] = names_of.get(image_id, set()) | names
     return columns or sorted(set().union(*names_of.values())), names_of
-
-
-def read_label_table(path: str | os.PathLike, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The labels {image id: float32 [classes]} of ``read_table``; raises DataError for others."""
-    names_of = read_table(path)[1]
-    for image_id, names in names_of.items():
-        if unknown := sorted(names.difference(class_names)):
-            problem = f"{unknown[0][:80]!r}, of {image_id[:80]!r}, is not a known class"
-            raise DataError(f"{path}: {problem}; see --classes.")
-    return {image_id: class_label(names, class_names) for image_id, names in names_of.items()}
 
 
 def class_label(present: Container[str], class_names: Sequence[str]) -> np.ndarray:
@@ -275,13 +271,10 @@ class Devkit:
             raise DataError(f"{path}: not a readable annotation ({error}).") from error
         if root.tag != "annotation":
             raise DataError(f"{path}: not a VOC annotation; its root is {root.tag[:80]!r}.")
-        label = np.zeros(len(self.class_names), np.float32)
-        for annotated in root.iterfind("object"):
-            class_name = (annotated.findtext("name") or "").strip()
-            if class_name not in self.class_names:
-                raise DataError(f"{path}: {class_name[:80]!r} is not a known class; see --classes.")
-            label[self.class_names.index(class_name)] = 1
-        return label
+        names = [(entry.findtext("name") or "").strip() for entry in root.iterfind("object")]
+        if unknown := set(names).difference(self.class_names):
+            raise DataError(f"{path}: {min(unknown)[:80]!r} is not a known class; see --classes.")
+        return class_label(names, self.class_names)
 
     def load_label(self, path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         """The index image of a photograph of the given (H, W): uint8 H x W, 255 void.
@@ -363,11 +356,8 @@ def require_files(folder: str | os.PathLike, ids: Sequence[str], suffix: str, hi
 
     Maps may be there in either form.
     """
-    if Path(folder).is_file():
-        raise DataError(f"{folder}: is a file; name the folder of <id>{suffix}: {hint}.")
     paths = [maps_file(Path(folder, image_id + suffix)) for image_id in ids]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         count = f"{len(missing)} of {len(ids)} are missing"
         raise DataError(f"{missing[0]}: no such file ({count}); {hint}.")
 

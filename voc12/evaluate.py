@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from tool import metrics
 from tool.cam import BACKGROUND_SCORE, fixed_background_and_maps
 from tool.crf import background_and_maps, dense_crf
-from tool.files import atomic_write, write_json
+from tool.files import atomic_write, write_bytes, write_json
 from tool.labels import index_image
 from tool.maps import SizeError, load_cams, load_index_png, maps_file, stack_maps
 from tool.run import cli
@@ -210,12 +210,16 @@ def figures(confusion: np.ndarray, num_images: int, names: Sequence[str]) -> dic
     }
 
 
+def percent(value: float | None) -> str:
+    """A figure in per cent for people; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+
+
 def table(result: dict) -> str:
     """The figures as text."""
 
     def row(name: str, *values: float | None) -> str:
-        cells = ("-" if value is None else f"{value:.1f}" for value in values)
-        return f"{name:<16}" + "".join(f"{cell:>10}" for cell in cells)
+        return f"{name:<16}" + "".join(f"{percent(value):>10}" for value in values)
 
     columns = [result[column] for column in ("per_class", "precision", "recall")]
     background = result["background"]
@@ -322,8 +326,7 @@ def write_files(args: argparse.Namespace, result: dict, plot: Callable) -> None:
     if args.json:
         write_json(args.json, result)
     if args.csv:
-        with atomic_write(args.csv) as file:
-            file.write(sweep_csv(result).encode())
+        write_bytes(args.csv, sweep_csv(result).encode())
     if args.plot:
         with atomic_write(args.plot) as file:
             plot(result).savefig(file, format="png")

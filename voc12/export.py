@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tool.files import link_or_copy, make_folder
+from tool.files import link_or_copy, make_folder, write_bytes
 from tool.maps import open_image, save_index_png
 from tool.run import cli
 from tool.run.errors import DataError
@@ -47,8 +47,6 @@ def write_tree(
     ``labels`` and ``masks`` are by image id, to train and to validate with. Raises DataError for an
     image that cannot be read, or a label that does not fit it.
     """
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / name).mkdir(parents=True)
     for image_id, path in cli.progress((labels | masks).items(), "export"):
         photograph = devkit.image_path(image_id)
         width, height = open_image(photograph).size
@@ -67,7 +65,7 @@ def write_tree(
         (root / "SegmentationClassAug").symlink_to("SegmentationClass")
     for name, ids in (("train", labels), ("aug", labels), ("val", masks)):
         text = "".join(f"{image_id}\n" for image_id in ids)
-        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text, "utf-8")
+        write_bytes(root / "ImageSets" / "Segmentation" / f"{name}.txt", text.encode())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -75,9 +73,8 @@ def main(args: argparse.Namespace) -> None:
     devkit.require_output("--out", args.out)
     labels = {image_id: Path(args.rw, f"{image_id}.png") for image_id in read_ids(args.list)}
     masks = {image_id: devkit.mask_path(image_id) for image_id in read_ids(args.val_list)}
-    both = sorted(labels.keys() & masks.keys())
-    if both:
-        raise DataError(f"{both[0]}: is in --list and --val_list; remove it from one.")
+    if both := labels.keys() & masks.keys():
+        raise DataError(f"{min(both)}: is in --list and --val_list; remove it from one.")
     devkit.require_images([*labels, *masks])
     hint = "infer_aff.py --out_rw with the same list makes them"
     require_files(args.rw, list(labels), ".png", hint)

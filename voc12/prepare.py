@@ -22,7 +22,7 @@ import hashlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from tool.files import atomic_write, link_or_copy, make_folder
+from tool.files import link_or_copy, write_bytes
 from tool.maps import save_npy_dict
 from tool.run import cli
 from tool.run.errors import DataError, UsageError
@@ -58,12 +58,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def list_line(image_id: str, with_mask: bool, suffix: str = ".jpg") -> str:
-    """An image's line in a list: its path and, if asked, its mask's, below the devkit."""
-    line = f"/JPEGImages/{image_id}{suffix}"
-    return f"{line} /SegmentationClassAug/{image_id}.png" if with_mask else line
-
-
 def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | None) -> list[str]:
     """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
     # Names that begin with a dot are macOS's companions of files.
@@ -80,17 +74,18 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
 
 
 def write_list(path: Path, devkit: Devkit, ids: Sequence[str], with_masks: bool) -> None:
-    with atomic_write(path) as file:
-        for image_id in ids:
-            suffix = devkit.image_path(image_id).suffix
-            file.write(f"{list_line(image_id, with_masks, suffix)}\n".encode())
+    """Write a line for each image: its path and, if asked, its mask's, below the devkit."""
+    text = ""
+    for image_id in ids:
+        mask = f" /SegmentationClassAug/{image_id}.png" if with_masks else ""
+        text += f"/JPEGImages/{devkit.image_path(image_id).name}{mask}\n"
+    write_bytes(path, text.encode())
     print(f"{path}: {len(ids)} images")
 
 
 def write_class_names(path: Path, names: Sequence[str]) -> None:
     """Write classes.txt; raises DataError for names that would not come back from it."""
-    with atomic_write(path) as file:
-        file.write("\n".join([*names, ""]).encode())
+    write_bytes(path, "\n".join([*names, ""]).encode())
     if changed := set(names).difference(read_class_names(path)):
         raise DataError(f"{path}: {min(changed)[:80]!r} cannot be a class name; rename it.")
 
@@ -98,7 +93,6 @@ def write_class_names(path: Path, names: Sequence[str]) -> None:
 def transfer_photographs(out: Path, photographs: Mapping[str, Path], copy: bool) -> None:
     """Link photographs by id into JPEGImages, or copy them; DataError if others are there."""
     folder = out / "JPEGImages"
-    make_folder(folder)
     sources = {folder / (image_id + path.suffix): path for image_id, path in photographs.items()}
     if others := set(folder.glob("[!.]*")) - sources.keys():
         raise DataError(f"{min(others)}: is not of this data set; name another --out_dir.")
@@ -213,8 +207,7 @@ def prepare_devkit(args: argparse.Namespace) -> None:
             "not made: train_aug.txt, because SegmentationClassAug has no masks. Put those of VOC "
             "and SBD there, name SBD with --sbd_root, or train on train.txt (--train_list)."
         )
-    unlabelled = len(ids) - len(labels)
-    if unlabelled:
+    if unlabelled := len(ids) - len(labels):
         print(f"images without an annotation, hence without a label: {unlabelled} (as VOC's test).")
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from tool.files import atomic_write
+from tool.files import atomic_write, write_bytes
 from tool.labels import VOID
 from tool.maps import save_index_png
 from tool.run import cli
@@ -82,7 +82,7 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
     if not (marker.is_file() and marker.read_bytes() == content):
         if out.is_file() or (out.is_dir() and any(out.glob("[!.]*"))):
             raise DataError(f"{out}: is not a toy devkit of these arguments; name a new folder.")
-        _write(marker, content)
+        write_bytes(marker, content)
 
     ids = [f"toy_{index:06d}" for index in range(images)]
     for index, image_id in enumerate(cli.progress(ids, "toy devkit")):
@@ -93,19 +93,14 @@ def make_devkit(out: str | Path, images: int, size: int, seed: int) -> None:
         save_index_png(out / "SegmentationClass" / f"{image_id}.png", _with_void(label))
         objects = "".join(f"<object><name>{name}</name></object>\n" for name in names)
         annotation = f"<annotation>\n{objects}</annotation>\n".encode()
-        _write(out / "Annotations" / f"{image_id}.xml", annotation)
+        write_bytes(out / "Annotations" / f"{image_id}.xml", annotation)
 
     val = ids[1::5]
     train = sorted(set(ids) - set(val))
     for split, members in {"train": train, "val": val}.items():
         lines = "".join(f"{image_id}\n" for image_id in members).encode()
-        _write(out / "ImageSets" / "Segmentation" / f"{split}.txt", lines)
+        write_bytes(out / "ImageSets" / "Segmentation" / f"{split}.txt", lines)
     print(f"{out}: {images} images ({len(train)} train, {len(val)} val).")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
 
 
 def _with_void(label: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ where they are ignored), the random walk's label, and the mask.
 import argparse
 from pathlib import Path
 
-from tool.files import atomic_write
+from tool.files import write_bytes
 from tool.run import cli
 from tool.run.errors import UsageError
 from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
@@ -62,8 +62,7 @@ def main(args: argparse.Namespace) -> None:
         content = sheet(map(outputs.load, spread(ids, args.images or 6)))
     else:
         content = page(outputs, ids, args.images or 60, args.list, args.log)
-    with atomic_write(args.out) as file:
-        file.write(content)
+    write_bytes(args.out, content)
     print(f"written to {args.out}")
 
 

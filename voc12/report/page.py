@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tool.cam import BACKGROUND_SCORE
 from tool.labels import VOID
 from tool.run import cli
-from voc12.evaluate import SWEEPS, Scorer, sweep, sweep_figures, sweep_plot
+from voc12.evaluate import SWEEPS, Scorer, percent, sweep, sweep_figures, sweep_plot
 from voc12.report import pictures
 from voc12.report.data import CAM, Example, Outputs, choose, read_log, score
 
@@ -70,11 +70,6 @@ def score_row(result: Mapping) -> list[float]:
     background = result["background"]
     errors = [background[f"false_{kind}_percent"] for kind in ("positives", "negatives")]
     return [result["miou"], result["pixel_accuracy"], *errors, result.get("labelled", 100)]
-
-
-def percent(value: float | None) -> str:
-    """A figure in per cent for people; a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def last(values: Mapping) -> Any:
