@@ -64,7 +64,7 @@ def training(tmp_path):
         add_training_arguments(parser, batch_size=2, epochs=epochs, crop_size=8)
         words = f"--weights none --session_name {tmp_path / 'run'} --lr {LR} {flags}".split()
         num_images = num_images or 2 * steps
-        return start_training(parser.parse_args(words), net, num_images, CPU, {}, ["a note"])
+        return start_training(parser.parse_args(words), net, num_images, CPU, {}, "a note")
 
     return start
 
@@ -78,7 +78,7 @@ def train(run, epochs, *values):
     batches = _batches(*values)
     for _ in range(epochs):
         means = train_one_epoch(run, batches, _losses_of)
-        end_epoch(run, "")
+        end_epoch(run, {})
     assert next(batches, None) is None
     return means
 
@@ -221,7 +221,7 @@ def test_checkpoint_goes_when_the_weights_are_complete(training, tmp_path, capsy
     finish(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.csv", "run.log", "run.pth"]
     finished = (tmp_path / "run.pth").read_bytes()
-    assert "WARNING" not in capsys.readouterr().out
+    assert "of a finished training" not in capsys.readouterr().out
     training(FourGroups(), 2)  # which replaces it when it ends
     assert re.search(r"WARNING: .*run\.pth .*finished.*--session_name", capsys.readouterr().out)
     assert (tmp_path / "run.pth").read_bytes() == finished

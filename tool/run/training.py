@@ -66,8 +66,8 @@ class Training:
     stop: StopSignals
     log_every: int
     save_every: int | None
-    fresh_layers: Sequence[str] = ()  # of the backbone, that the start weights lack
-    poly_first_only: bool = False  # see set_poly_lr
+    fresh_layers: Sequence[str]  # of the backbone, that the start weights lack
+    poly_first_only: bool  # see set_poly_lr
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, with what follows their last step
     losses: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
@@ -106,27 +106,20 @@ def _batches_from(training: Training) -> Iterator[list]:
         done = 0
 
 
-def load_start_weights(net: nn.Module, source: str, notes: list[str]) -> list[str]:
-    """``load_for_training``; adds its lines to the notes. One rank downloads before the others."""
-    with devices.main_first():
-        return load_for_training(net, source, notes.append)
-
-
 def start_training(
     args: argparse.Namespace,
     net: nn.Module,
     num_images: int,
     device: torch.device,
     contents: dict[str, str],
-    notes: list[str],
-    fresh_layers: Sequence[str] = (),
+    note: str,
 ) -> Training:
     """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
 
-    ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log;
-    ``fresh_layers`` is what ``load_start_weights`` returned.
-    Raises DataError if the checkpoint cannot be read or the images do not fill a batch, UsageError
-    if settings differ, the session is in use, or a rank gets no image. All ranks must call it.
+    ``contents`` are digests of what other flags name, by flag; ``note`` is a line for a new log.
+    Raises DataError if the start weights or the checkpoint cannot be used or the images do not fill
+    a batch, UsageError if settings differ, the session is in use, or a rank gets no image. All
+    ranks must call it.
     """
     session, batch_size = session_name(args), args.batch_size
     if batch_size < devices.world_size():
@@ -145,6 +138,9 @@ def start_training(
     settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
     if args.weights not in WEIGHT_WORDS:
         settings["weights"] = digest_file(args.weights)
+    notes: list[str] = []
+    with devices.main_first():  # which may download
+        fresh_layers = load_for_training(net, args.weights, notes.append)
     devices.to_device(net, device, Switches(args.amp, args.tf32, args.compile))
     training = Training(
         net=net,
@@ -174,7 +170,7 @@ def start_training(
         if weights.exists():
             hint = "is of a finished training and will be replaced; another --session_name keeps it"
             devices.print_main(f"WARNING: {weights} {hint}.")
-        training.log.start(notes)
+        training.log.start([*notes, note])
         devices.seed_rank(args.seed, step=0)
     if devices.is_main():  # now that the log is locked
         for path in (training.checkpoint, weights):
@@ -185,13 +181,24 @@ def start_training(
     return training
 
 
-@contextmanager
-def open_batches(training: Training, dataset: Dataset, num_workers: int) -> Iterator[Iterator[Any]]:
-    """Within the block: the batches of all steps to come; signals wait for the end of a step."""
+def train(
+    training: Training,
+    dataset: Dataset,
+    num_workers: int,
+    losses_of: Losses,
+    validate: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Take all steps to come, and write the weights; signals wait for the end of a step.
+
+    ``validate`` returns figures for the log after each epoch. All ranks must call it.
+    """
     order, on_gpu = remaining_batches(training), training.device.type == "cuda"
     loaded = load(dataset, order, num_workers, pin_memory=on_gpu)
     with closing(training.log), training.stop, loaded as batches:
-        yield batches
+        while training.epoch < training.epochs:
+            losses = train_one_epoch(training, batches, losses_of)
+            end_epoch(training, losses | validate())
+        finish(training)
 
 
 def train_one_epoch(
@@ -311,8 +318,9 @@ def leave_if_stopped(training: Training) -> None:
         )
 
 
-def end_epoch(training: Training, summary: str) -> None:
-    """Log the epoch's result, and write a checkpoint where each epoch has one."""
+def end_epoch(training: Training, figures: dict[str, float]) -> None:
+    """Log the epoch's figures, and write a checkpoint where each epoch has one."""
+    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     training.log.write(f"epoch {training.epoch + 1}/{training.epochs}: {summary}")
     training.epoch += 1
     training.losses, training.row_start = [], 0
