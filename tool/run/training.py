@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from tool.run.devices import StopSignals, Switches
 from tool.run.errors import DataError, Interrupted, UsageError
-from tool.run.loading import in_batches, load, shuffled
+from tool.run.loading import load, shuffled
 from tool.run.log import Log, describe_run
 from tool.run.optimizer import build_optimizer, set_poly_lr
 from tool.run.provenance import digest_file, settings_of
@@ -92,18 +91,13 @@ def remaining_batches(training: Training) -> Iterator[list]:
 
     The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
     """
-    left = training.max_step - training.step
-    return islice(_batches_from(training), left)
-
-
-def _batches_from(training: Training) -> Iterator[list]:
-    first_epoch, done = divmod(training.step, training.steps_per_epoch)
-    for epoch in range(first_epoch, training.epochs):
-        order = shuffled(training.num_images, training.seed, epoch)
-        batches = in_batches(order, training.batch_size)
-        for batch in islice(batches, done, training.steps_per_epoch):
-            yield [(epoch, index) for index in devices.shard(batch)]
-        done = 0
+    order: list[int] = []
+    for step in range(training.step, training.max_step):
+        epoch, done = divmod(step, training.steps_per_epoch)
+        if not order or done == 0:
+            order = shuffled(training.num_images, training.seed, epoch)
+        batch = order[done * training.batch_size :][: training.batch_size]
+        yield [(epoch, index) for index in devices.shard(batch)]
 
 
 def start_training(
