@@ -14,7 +14,6 @@ when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_
 """
 
 import argparse
-import os
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +103,7 @@ def train_affinity(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if os.path.realpath(args.la_crf_dir) == os.path.realpath(args.ha_crf_dir):
-        raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
+    cli.require_distinct_folders(args, "la_crf_dir", "ha_crf_dir")
     device = devices.choose_device(args.device)
     with devices.process_group(device):
         train_affinity(args, device)

@@ -89,18 +89,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         add = subparser.add_argument
         for size, default in sizes.items():
             add(f"--{size}", type=cli.count, default=default, help="size of the inputs")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         add("--threads", type=cli.count, help="CPU threads (default: PyTorch's choice)")
         add("--repeats", type=cli.count, default=5, help="timed runs of each side")
-        add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
         add("--json", metavar="FILE", help="also write the figures to this file")
         add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
+        cli.add_run_arguments(subparser)
         if benchmark in DEFAULT_NETWORKS:
             cli.add_network_argument(subparser, cli.any_network, DEFAULT_NETWORKS[benchmark])
             cli.add_speed_arguments(subparser)
-        if benchmark is step:
-            workers, text = cli.default_num_workers(), "processes that load images, or 0"
-            add("--num_workers", type=cli.number(int, 0), default=workers, help=text)
     return parser
 
 

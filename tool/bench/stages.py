@@ -102,9 +102,9 @@ def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         return losses
 
     program, *_ = KINDS[args.network.__name__[-3:]]
-    length = f"--max_iters {1 + args.repeats}" if program is train_seg else "--max_epoches 1"
-    flags = f"{length} --lr {LEARNING_RATE} --batch_size {args.batch} "
-    flags += f"--crop_size {args.crop_size} --num_workers {args.num_workers}"
+    flags = f"--lr {LEARNING_RATE} --batch_size {args.batch} --crop_size {args.crop_size} "
+    flags += f"--num_workers {args.num_workers} "
+    flags += f"--max_iters {1 + args.repeats}" if program is train_seg else "--max_epoches 1"
     with mock.patch.object(training, "train_one_epoch", timed_epoch):
         run_program(program, args, flags)
     return stopwatch.figures(("loading", "forward", "backward"), args.batch)

@@ -99,12 +99,10 @@ def configure_backends(device: torch.device, switches: Switches, fixed_size: boo
 def _warn_of_useless(switches: Switches, device: torch.device) -> None:
     """Say which switches gain no time on this GPU."""
     capability = torch.cuda.get_device_capability(device)
-    named = {f"--amp {switches.amp}": switches.amp, "--tf32": switches.tf32}
-    for flag, is_on in named.items():
+    for flag, is_on in ((f"--amp {switches.amp}", switches.amp), ("--tf32", switches.tf32)):
         if is_on and capability < GAINS_FROM[flag]:
-            has, needs = ("{}.{}".format(*numbers) for numbers in (capability, GAINS_FROM[flag]))
-            problem = f"gains no time on a GPU of compute capability {has}, only from {needs} on"
-            print_main(f"WARNING: {flag} {problem}.")
+            needed = "{}.{}".format(*GAINS_FROM[flag])
+            print_main(f"WARNING: {flag} gains time from compute capability {needed} on only.")
 
 
 def to_device(

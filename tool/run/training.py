@@ -35,17 +35,6 @@ IRRELEVANT_FLAGS = {"device", "num_workers", "session_name", "resume", "save_eve
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 
 
-def session_name(args: argparse.Namespace) -> str:
-    """``--session_name``, or the network's name; raises UsageError if no file can have it."""
-    name = args.session_name or args.network.__name__.rpartition(".")[2]
-    if not Path(name).name or name.endswith(("/", os.sep)):
-        raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
-    for suffix in (".pth", ".log", ".csv", ".ckpt"):
-        if Path(name + suffix).is_dir():
-            raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
-    return name
-
-
 @dataclass
 class Training:
     """A training: its network and optimizer, and where it stands."""
@@ -84,6 +73,76 @@ class Training:
     @property
     def epochs(self) -> int:
         return math.ceil(self.max_step / self.steps_per_epoch)
+
+
+def train(
+    training: Training,
+    dataset: Dataset,
+    num_workers: int,
+    losses_of: Losses,
+    validate: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Take all steps to come, and write the weights; signals wait for the end of a step.
+
+    ``validate`` returns figures for the log after each epoch. All ranks must call it.
+    """
+    order, on_gpu = remaining_batches(training), training.device.type == "cuda"
+    loaded = load(dataset, order, num_workers, pin_memory=on_gpu)
+    with closing(training.log), training.stop, loaded as batches:
+        while training.epoch < training.epochs:
+            losses = train_one_epoch(training, batches, losses_of)
+            end_epoch(training, losses | validate())
+        finish(training)
+
+
+def train_one_epoch(
+    training: Training, batches: Iterator[Any], losses_of: Losses
+) -> dict[str, float]:
+    """Take the steps that the epoch still lacks; returns the mean of each loss over all its steps.
+
+    With several ranks, the losses are this rank's shares: their sum over ranks is the batch's loss.
+    Raises DataError within ``log_every`` steps after a loss that is not finite, or for lack of
+    memory, and Interrupted after the step in which a signal came. All ranks must call it.
+    """
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+    end = min((training.epoch + 1) * training.steps_per_epoch, training.max_step)
+    timed_from, timed_step = time.perf_counter(), training.step
+    model.train()
+    with _progress_bar(training, end) as bar:
+        while training.step < end:
+            set_poly_lr(optimizer, training.step, training.max_step, training.poly_first_only)
+            optimizer.zero_grad(set_to_none=True)
+            with name_lack_of_memory(f"on {training.device} in step {training.step + 1}"):
+                losses = losses_of(model, next(batches))
+                # Gradients become the mean over ranks, but the batch's loss is a sum over them.
+                scaler.scale(losses["loss"] * devices.world_size()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            training.step += 1
+
+            training.pending.append({name: loss.detach() for name, loss in losses.items()})
+            bar.update(training.batch_size)
+            if training.step % training.log_every == 0 or training.step == end:
+                now = time.perf_counter()
+                images = (training.step - timed_step) * training.batch_size
+                row = _log_row(training, images / (now - timed_from))
+                timed_from, timed_step = now, training.step
+                bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            leave_if_stopped(training)
+            if training.save_every and training.step % training.save_every == 0:
+                save_checkpoint(training)
+    return _means(training.losses)
+
+
+def session_name(args: argparse.Namespace) -> str:
+    """``--session_name``, or the network's name; raises UsageError if no file can have it."""
+    name = args.session_name or args.network.__name__.rpartition(".")[2]
+    if not Path(name).name or name.endswith(("/", os.sep)):
+        raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
+    for suffix in (".pth", ".log", ".csv", ".ckpt"):
+        if Path(name + suffix).is_dir():
+            raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
+    return name
 
 
 def remaining_batches(training: Training) -> Iterator[list]:
@@ -173,65 +232,6 @@ def start_training(
             training.checkpoint.unlink(missing_ok=True)
     training.model = devices.data_parallel(net, device)
     return training
-
-
-def train(
-    training: Training,
-    dataset: Dataset,
-    num_workers: int,
-    losses_of: Losses,
-    validate: Callable[[], dict[str, float]] = dict,
-) -> None:
-    """Take all steps to come, and write the weights; signals wait for the end of a step.
-
-    ``validate`` returns figures for the log after each epoch. All ranks must call it.
-    """
-    order, on_gpu = remaining_batches(training), training.device.type == "cuda"
-    loaded = load(dataset, order, num_workers, pin_memory=on_gpu)
-    with closing(training.log), training.stop, loaded as batches:
-        while training.epoch < training.epochs:
-            losses = train_one_epoch(training, batches, losses_of)
-            end_epoch(training, losses | validate())
-        finish(training)
-
-
-def train_one_epoch(
-    training: Training, batches: Iterator[Any], losses_of: Losses
-) -> dict[str, float]:
-    """Take the steps that the epoch still lacks; returns the mean of each loss over all its steps.
-
-    With several ranks, the losses are this rank's shares: their sum over ranks is the batch's loss.
-    Raises DataError within ``log_every`` steps after a loss that is not finite, or for lack of
-    memory, and Interrupted after the step in which a signal came. All ranks must call it.
-    """
-    model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    end = min((training.epoch + 1) * training.steps_per_epoch, training.max_step)
-    timed_from, timed_step = time.perf_counter(), training.step
-    model.train()
-    with _progress_bar(training, end) as bar:
-        while training.step < end:
-            set_poly_lr(optimizer, training.step, training.max_step, training.poly_first_only)
-            optimizer.zero_grad(set_to_none=True)
-            with name_lack_of_memory(f"on {training.device} in step {training.step + 1}"):
-                losses = losses_of(model, next(batches))
-                # Gradients become the mean over ranks, but the batch's loss is a sum over them.
-                scaler.scale(losses["loss"] * devices.world_size()).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            training.step += 1
-
-            training.pending.append({name: loss.detach() for name, loss in losses.items()})
-            bar.update(training.batch_size)
-            if training.step % training.log_every == 0 or training.step == end:
-                now = time.perf_counter()
-                images = (training.step - timed_step) * training.batch_size
-                row = _log_row(training, images / (now - timed_from))
-                timed_from, timed_step = now, training.step
-                bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            leave_if_stopped(training)
-            if training.save_every and training.step % training.save_every == 0:
-                save_checkpoint(training)
-    return _means(training.losses)
 
 
 @contextmanager
