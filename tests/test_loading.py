@@ -47,13 +47,6 @@ def test_batches_follow_the_order(num_workers):
 
 
 @each_number_of_workers
-def test_samples_are_asked_for_by_any_key(num_workers):
-    dataset = {(epoch, index): 100 * epoch + index for epoch in range(2) for index in range(3)}
-    batches = iter([[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]])
-    assert load_all(dataset, batches, num_workers) == [[2, 1], [0, 102], [100]]
-
-
-@each_number_of_workers
 def test_loading_leaves_the_random_numbers_of_torch_alone(num_workers):
     before = torch.get_rng_state()
     load_all(range(4), in_batches(range(4), 2), num_workers)

@@ -174,17 +174,6 @@ LOADS = pytest.mark.parametrize("load", [load_for_training, load_for_inference])
 
 
 @LOADS
-def test_weights_of_another_network_are_named(load, path, lines):
-    with torch.device("meta"):
-        net = vgg16_cls.Net()
-    torch.save(_classifier(1).state_dict(), path)
-    message = r"looks like the tiny network classifier; --network is network\.vgg16_cls .*conv1_1"
-    with pytest.raises(DataError, match=re.escape(str(path)) + ": .*" + message):
-        load(net, str(path), lines.append)
-    assert lines == []
-
-
-@LOADS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -393,11 +382,6 @@ def _torchscript() -> bytes:
         for name in ("constants.pkl", "data.pkl", "version"):
             archive.writestr(f"net/{name}", b"3")
     return file.getvalue()
-
-
-def test_folder_is_named_as_a_folder(tmp_path):
-    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}: is a folder; name the "):
-        _read(tmp_path)
 
 
 @pytest.mark.parametrize(
