@@ -80,14 +80,6 @@ def test_all_runs_every_network_and_names_what_failed(tmp_path, monkeypatch):
     assert ["total_s" in values for values in measured] == [True] * 4
 
 
-@pytest.mark.parametrize(
-    ("command", "word"),
-    [("", "BENCHMARK"), ("step --network tiny_aff --crop_size 70 --repeats 1", "--crop_size 70")],
-)
-def test_impossible_command_lines_are_refused(command, word):
-    run_program(f"tool.bench.__main__ {command}", REPOSITORY).assert_failed(2, word)
-
-
 def test_sides_take_turns_and_are_compared_with_exact_results():
     calls = []
     sides = {

@@ -160,12 +160,6 @@ def test_program_that_fails_does_not_wait_for_its_loader_processes():
     assert "KeyError" in done.stderr
 
 
-@pytest.mark.parametrize("length", [0, 1, 50])
-def test_shuffled_is_a_permutation(length):
-    order = shuffled(length, seed=3, epoch=1)
-    assert repr(sorted(order)) == repr(list(range(length)))  # of Python's integers
-
-
 def test_shuffled_depends_on_seed_and_epoch_alone():
     keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
     orders = [shuffled(50, *key) for key in keys]
@@ -173,3 +167,4 @@ def test_shuffled_depends_on_seed_and_epoch_alone():
     assert [shuffled(50, *key) for key in reversed(keys)] == orders[::-1]
     assert len({tuple(order) for order in orders}) == len(keys)
     assert list(range(50)) not in orders
+    assert repr(sorted(orders[0])) == repr(list(range(50)))  # of Python's integers
