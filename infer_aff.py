@@ -18,7 +18,6 @@ scores every combination of --alphas (or --bgs), --betas and --logts; interrupte
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -193,8 +192,6 @@ def choose_traced(args: argparse.Namespace, ids: list[str]) -> list[str]:
         if args.trace_ids:
             raise UsageError("--trace_ids needs --trace, the folder for the pictures.")
         return []
-    if args.out_rw and os.path.realpath(args.trace) == os.path.realpath(args.out_rw):
-        raise UsageError("--trace and --out_rw must be different folders: both get <id>.png.")
     unknown = [image_id for image_id in args.trace_ids or [] if image_id not in ids]
     if unknown:
         raise UsageError(f"--trace_ids: {unknown[0]} is not in {args.infer_list}.")
@@ -205,8 +202,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that do not go together."""
     if not (args.out_rw or args.out_scores or args.sweep):
         raise UsageError("name --out_rw or --out_scores, or --sweep to choose the settings.")
-    if args.out_scores and os.path.realpath(args.out_scores) == os.path.realpath(args.cam_dir):
-        raise UsageError("--out_scores and --cam_dir must be different folders.")
+    cli.require_distinct_folders(args, "cam_dir", "out_scores")
+    cli.require_distinct_folders(args, "out_rw", "trace")  # both get <id>.png
     if args.sweep and (args.out_rw or args.out_scores or args.trace or args.crf or args.skip_bad):
         flags = "--out_rw, --out_scores, --trace, --crf and --skip_bad"
         raise UsageError(f"--sweep scores all images and writes no labels; leave out {flags}.")

@@ -20,7 +20,6 @@ out those that an image does not have there. docs/seeds.md lists the forms of ma
 
 import argparse
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,12 +89,7 @@ def check_flags(args: argparse.Namespace) -> None:
     named = [name for name in OUTPUT_FOLDERS if getattr(args, name)]
     if not named:
         raise UsageError(f"name at least one of {', '.join(f'--{n}' for n in OUTPUT_FOLDERS)}.")
-    paths = [getattr(args, name) for name in ("cam_dir", *MAP_FOLDERS) if getattr(args, name)]
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise UsageError(
-            "--out_cam, --out_la_crf, --out_ha_crf and --cam_dir must be different folders: "
-            "their files have the same names."
-        )
+    cli.require_distinct_folders(args, "cam_dir", *MAP_FOLDERS)
 
 
 def source_settings(args: argparse.Namespace) -> dict[str, str]:
@@ -175,20 +169,19 @@ def warn_of_full_disk(
 ) -> None:
     """Print a warning if the maps, by an estimate from a few images, do not fit on a disk."""
     cam, crf = BYTES_OF_MAPS[args.out_format, args.out_dtype]
-    sizes = []  # of an image's CAM file and CRF file
+    folders = {n: Path(getattr(args, n)).absolute() for n in MAP_FOLDERS if getattr(args, n)}
+    sizes = []  # of an image's files
     for index in range(0, len(dataset), max(1, len(dataset) // IMAGES_ESTIMATED)):
         with contextlib.suppress(DataError):  # reported when it is its turn
             sample = dataset[index]
             classes = len(sample.classes) if args.cam_dir else sample.label.sum()
             pixels = sample.photograph.size / 3
-            sizes.append((cam * pixels * classes, crf * pixels * (classes + 1)))
-    folders = [Path(getattr(args, name)).absolute() for name in MAP_FOLDERS if getattr(args, name)]
+            of_pixel = [cam * classes if n == "out_cam" else crf * (classes + 1) for n in folders]
+            sizes.append(pixels * sum(of_pixel))
     if not sizes or not folders:
         return
-    cam_size, crf_size = np.mean(sizes, axis=0)
-    crf_folders = len(folders) - bool(args.out_cam)
-    needed = num_images * (cam_size * bool(args.out_cam) + crf_size * crf_folders)
-    there = (next(filter(Path.exists, (path, *path.parents))) for path in folders)
+    needed = num_images * np.mean(sizes)
+    there = (next(filter(Path.exists, (path, *path.parents))) for path in folders.values())
     free = min(shutil.disk_usage(path).free for path in there)
     if needed > free:
         figures = f"about {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free"

@@ -108,13 +108,9 @@ def output_folders(
     """The folders that were named, with what decides their content."""
     named = {name: Path(getattr(args, name)) for name in OUTPUT_FOLDERS if getattr(args, name)}
     inputs = {os.path.realpath(path.parent) for path in photographs.values()}
-    seen: set[str] = set()
     for name, folder in named.items():
         if os.path.realpath(folder) in inputs:
             raise UsageError(f"--{name} {folder}: has photographs to segment; name another folder.")
-        if os.path.realpath(folder) in seen:
-            raise UsageError(f"--{name} {folder}: is another output's folder, too; name another.")
-        seen.add(os.path.realpath(folder))
     flags = ("network", "amp", "tf32", "compile", "scales", "crf", "crf_steps", "crf_bilateral")
     settings = settings_of(args, flags) | weights_settings(args.weights, args.seed)
     settings |= {"classes": digest(*class_names)}
@@ -199,6 +195,7 @@ def infer_all(args: argparse.Namespace, device: torch.device, stop: StopSignals)
 def main(args: argparse.Namespace) -> None:
     if args.voc_submission and not args.voc_submission.endswith(".tar"):
         raise UsageError(f"--voc_submission {args.voc_submission}: must end in .tar.")
+    cli.require_distinct_folders(args, *OUTPUT_FOLDERS)
     with join_ranks(args.device) as (device, stop):
         infer_all(args, device, stop)
 

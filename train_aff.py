@@ -14,8 +14,6 @@ when its command is repeated. LA and HA are what infer_cls.py wrote to --out_la_
 """
 
 import argparse
-import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +22,9 @@ from tool.affinity import affinity_loss, pair_labels, source_grid
 from tool.run import cli, devices
 from tool.run.errors import UsageError
 from tool.run.provenance import digest, digest_maps, digest_photographs
-from tool.run.training import (
-    end_epoch,
-    finish,
-    load_start_weights,
-    open_batches,
-    start_training,
-    train_one_epoch,
-)
+from tool.run.training import start_training, train
 from voc12.datasets import AffinityTrainingSet
-from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,18 +65,7 @@ def pair_losses(
     return affinity_loss(affinities, *pair_labels(labels, radius), devices.sum_over_ranks)
 
 
-def digests(args: argparse.Namespace, devkit: Devkit, train_ids: Sequence[str]) -> dict[str, str]:
-    """What the files hold that the flags name; a checkpoint of other contents is not continued."""
-    return {
-        "train_list": digest(*train_ids),
-        "classes": digest(*devkit.class_names),
-        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in train_ids]),
-        "la_crf_dir": digest_maps(args.la_crf_dir),
-        "ha_crf_dir": digest_maps(args.ha_crf_dir),
-    }
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train_affinity(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     devkit.require_output("--session_name", args.session_name)
@@ -93,8 +73,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     net = args.network.Net(radius=args.radius)
     check_crop_size(args.crop_size, net.stride, args.radius)
-    notes: list[str] = []
-    fresh_layers = load_start_weights(net, args.weights, notes)
     train_set = AffinityTrainingSet(
         devkit,
         train_ids,
@@ -108,27 +86,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     devkit.require_images(train_ids)
     require_files(args.la_crf_dir, train_ids, ".npy", "infer_cls.py --out_la_crf makes them")
     require_files(args.ha_crf_dir, train_ids, ".npy", "infer_cls.py --out_ha_crf makes them")
-    notes.append(f"images: {len(train_ids)} to train on")
 
     def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return pair_losses(model, *batch, args.radius, device, args.amp)
 
-    contents = digests(args, devkit, train_ids)
-    training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
-    with open_batches(training, train_set, args.num_workers) as batches:
-        while training.epoch < training.epochs:
-            losses = train_one_epoch(training, batches, losses_of)
-            summary = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            end_epoch(training, summary)
-        finish(training)
+    contents = {
+        "train_list": digest(*train_ids),
+        "classes": digest(*devkit.class_names),
+        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in train_ids]),
+        "la_crf_dir": digest_maps(args.la_crf_dir),
+        "ha_crf_dir": digest_maps(args.ha_crf_dir),
+    }
+    note = f"images: {len(train_ids)} to train on"
+    training = start_training(args, net, len(train_ids), device, contents, note)
+    train(training, train_set, args.num_workers, losses_of)
 
 
 def main(args: argparse.Namespace) -> None:
-    if os.path.realpath(args.la_crf_dir) == os.path.realpath(args.ha_crf_dir):
-        raise UsageError("--la_crf_dir and --ha_crf_dir are the same folder.")
+    cli.require_distinct_folders(args, "la_crf_dir", "ha_crf_dir")
     device = devices.choose_device(args.device)
     with devices.process_group(device):
-        train(args, device)
+        train_affinity(args, device)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ when its command is repeated. The lists come from python3 -m voc12.prepare.
 
 import argparse
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +28,13 @@ from tool.run.loading import in_batches, load
 from tool.run.provenance import digest, digest_photographs
 from tool.run.training import (
     diverged,
-    end_epoch,
-    finish,
     leave_if_stopped,
-    load_start_weights,
     name_lack_of_memory,
-    open_batches,
     start_training,
-    train_one_epoch,
+    train,
 )
 from voc12.datasets import ClassifierTrainingSet, ClassifierValidationSet
-from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -96,33 +91,19 @@ def validate(
     return devices.sum_over_ranks(total).item() / len(dataset)
 
 
-def digests(devkit: Devkit, train_ids: Sequence[str], val_ids: Sequence[str]) -> dict[str, str]:
-    """What the files hold that the flags name; a checkpoint of other contents is not continued."""
-    ids = [*train_ids, *val_ids]
-    return {
-        "train_list": digest(*train_ids),
-        "val_list": digest(*val_ids),
-        "classes": digest(*devkit.class_names),
-        "label_file": digest(*(devkit.image_label(image_id).tobytes() for image_id in ids)),
-        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in ids]),
-    }
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train_classifier(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     devkit.require_output("--session_name", args.session_name)
     train_ids, val_ids = read_ids(args.train_list), read_ids(args.val_list)
+    ids = [*train_ids, *val_ids]
+    labels = devkit.require_labelled_images(ids)
 
     net = args.network.Net(num_classes=len(devkit.class_names))
-    notes: list[str] = []
-    fresh_layers = load_start_weights(net, args.weights, notes)
     train_set = ClassifierTrainingSet(
         devkit, train_ids, net.normalize, args.crop_size, tuple(args.resize_long), args.seed
     )
     val_set = ClassifierValidationSet(devkit, val_ids, net.normalize, args.val_crop_size)
-    labels = devkit.require_labelled_images([*train_ids, *val_ids])
-    notes.append(f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}")
 
     def losses_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = batch
@@ -130,21 +111,25 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # The batch's loss is a mean over its images, of which this rank has a shard.
         return {"loss": loss * (len(images) / args.batch_size)}
 
-    contents = digests(devkit, train_ids, val_ids)
-    training = start_training(args, net, len(train_ids), device, contents, notes, fresh_layers)
-    with open_batches(training, train_set, args.num_workers) as batches:
-        while training.epoch < training.epochs:
-            losses = train_one_epoch(training, batches, losses_of)
-            with name_lack_of_memory(f"on {device} in the validation (see --val_crop_size)"):
-                val_loss = validate(net, val_set, args, device, training.stop)
-            leave_if_stopped(training)
-            if not math.isfinite(val_loss):
-                what = f"the validation loss is not finite at step {training.step}"
-                raise diverged(training, what)
-            training.log.plot(training.step, {"validation loss": val_loss})
-            summary = f"loss {losses['loss']:.4f}, validation loss {val_loss:.4f}"
-            end_epoch(training, summary)
-        finish(training)
+    def validation() -> dict[str, float]:
+        with name_lack_of_memory(f"on {device} in the validation (see --val_crop_size)"):
+            val_loss = validate(net, val_set, args, device, training.stop)
+        leave_if_stopped(training)
+        if not math.isfinite(val_loss):
+            raise diverged(training, f"the validation loss is not finite at step {training.step}")
+        training.log.plot(training.step, {"validation loss": val_loss})
+        return {"validation loss": val_loss}
+
+    contents = {
+        "train_list": digest(*train_ids),
+        "val_list": digest(*val_ids),
+        "classes": digest(*devkit.class_names),
+        "label_file": digest(*(devkit.image_label(image_id).tobytes() for image_id in ids)),
+        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in ids]),
+    }
+    note = f"images: {len(train_ids)} to train on, {len(val_ids)} to validate on; {labels}"
+    training = start_training(args, net, len(train_ids), device, contents, note)
+    train(training, train_set, args.num_workers, losses_of, validation)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -152,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--resize_long: MIN is larger than MAX.")
     device = devices.choose_device(args.device)
     with devices.process_group(device):
-        train(args, device)
+        train_classifier(args, device)
 
 
 if __name__ == "__main__":

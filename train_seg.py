@@ -18,7 +18,6 @@ labels, too. --weights also takes a trained classifier.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,17 +26,10 @@ from torch import Tensor, nn
 from tool.run import cli, devices
 from tool.run.errors import UsageError
 from tool.run.provenance import digest, digest_photographs
-from tool.run.training import (
-    end_epoch,
-    finish,
-    load_start_weights,
-    open_batches,
-    start_training,
-    train_one_epoch,
-)
+from tool.run.training import start_training, train
 from tool.segmentation import segmentation_loss
 from voc12.datasets import SegmenterTrainingSet
-from voc12.devkit import Devkit, add_devkit_arguments, open_devkit, read_ids, require_files
+from voc12.devkit import add_devkit_arguments, open_devkit, read_ids, require_files
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -68,17 +60,7 @@ def batch_loss(
     return segmentation_loss(logits.float(), labels, net.loss_on_grid, devices.sum_over_ranks)
 
 
-def digests(devkit: Devkit, ids: Sequence[str], label_paths: Sequence[Path]) -> dict[str, str]:
-    """What the files hold that the flags name; a checkpoint of other contents is not continued."""
-    return {
-        "train_list": digest(*ids),
-        "classes": digest(*devkit.class_names),
-        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in ids]),
-        "label_dir": digest_photographs(label_paths),
-    }
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train_segmenter(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     devkit = open_devkit(args)
     devkit.require_output("--session_name", args.session_name)
@@ -89,22 +71,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     devkit.require_classes(label_paths)
 
     net = args.network.Net(num_classes=len(devkit.class_names))
-    notes: list[str] = []
-    fresh_layers = load_start_weights(net, args.weights, notes)
-    notes.append(f"images: {len(ids)} to train on")
     augmentation = args.crop_size, tuple(args.scale), args.hsv_shift, args.seed
     train_set = SegmenterTrainingSet(devkit, ids, net.normalize, args.label_dir, *augmentation)
 
     def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return {"loss": batch_loss(net, model, *batch, device, args.amp)}
 
-    contents = digests(devkit, ids, label_paths)
-    training = start_training(args, net, len(ids), device, contents, notes, fresh_layers)
-    with open_batches(training, train_set, args.num_workers) as batches:
-        while training.epoch < training.epochs:
-            losses = train_one_epoch(training, batches, losses_of)
-            end_epoch(training, f"loss {losses['loss']:.4f}")
-        finish(training)
+    contents = {
+        "train_list": digest(*ids),
+        "classes": digest(*devkit.class_names),
+        "voc12_root": digest_photographs([devkit.image_path(image_id) for image_id in ids]),
+        "label_dir": digest_photographs(label_paths),
+    }
+    note = f"images: {len(ids)} to train on"
+    training = start_training(args, net, len(ids), device, contents, note)
+    train(training, train_set, args.num_workers, losses_of)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -112,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--scale: MIN is larger than MAX.")
     device = devices.choose_device(args.device)
     with devices.process_group(device):
-        train(args, device)
+        train_segmenter(args, device)
 
 
 if __name__ == "__main__":

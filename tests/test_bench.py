@@ -55,16 +55,15 @@ PARTS = {
 
 @pytest.mark.parametrize("command", PARTS)
 @pytest.mark.parametrize("flags", ["tiny_cls", "network.tiny_aff --amp bf16", "tiny_seg"])
-def test_programs_are_timed_by_parts_with_and_without_switches(command, flags, figures_of):
+def test_programs_are_timed_by_parts(command, flags, figures_of):
     figures = figures_of(f"{command} --network {flags}")
-    switches = "--amp" in flags
-    for side in ("baseline_", "") if switches else ("",):
-        parts = [figures.pop(side + part) for part in PARTS[command]]
-        assert min(parts) > 0
-        assert sum(parts) == pytest.approx(figures[f"{side}total_s"])  # of the one that counts
+    parts = [figures.pop(part) for part in PARTS[command]]
+    assert min(parts) > 0
     total = figures.pop("total_s")
-    if switches:
-        assert figures.pop("speedup") == pytest.approx(figures.pop("baseline_total_s") / total)
+    assert sum(parts) == pytest.approx(total)  # of the one that counts
+    batch = 2 if command.startswith("step") else 1
+    assert figures.pop("images_per_s") == pytest.approx(batch / total)
+    assert figures.pop("train_aug_min") == pytest.approx(10_582 * total / batch / 60)
     assert figures == {}
 
 
@@ -74,21 +73,11 @@ def test_all_runs_every_network_and_names_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "BATCHES", {"cls": 1})
     command = f"tool.bench.__main__ all --repeats 1 --device cpu --json {tmp_path / 'f.json'}"
     outcome = run_program(command, REPOSITORY)
-    outcome.assert_failed(1, "1 of 3 failed", "affinity --bad")
+    outcome.assert_failed(1, "1 of 5 failed", "affinity --bad")
     figures = json.loads((tmp_path / "f.json").read_text())
     failed, *measured = figures.values()
-    assert (failed, len(measured)) == ({}, 2)
-    for values in measured:
-        assert values["images_per_s"] == pytest.approx(1 / values["total_s"])
-        assert values["train_aug_min"] == pytest.approx(10_582 * values["total_s"] / 60)
-
-
-@pytest.mark.parametrize(
-    ("command", "word"),
-    [("", "BENCHMARK"), ("step --network tiny_aff --crop_size 70 --repeats 1", "--crop_size 70")],
-)
-def test_impossible_command_lines_are_refused(command, word):
-    run_program(f"tool.bench.__main__ {command}", REPOSITORY).assert_failed(2, word)
+    assert failed == {}
+    assert ["total_s" in values for values in measured] == [True] * 4
 
 
 def test_sides_take_turns_and_are_compared_with_exact_results():

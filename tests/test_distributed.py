@@ -110,11 +110,6 @@ def test_several_ranks_see_the_data_of_one_in_each_step(name, runs):
     assert steps(RANKS[name]) == steps(1)
 
 
-def test_ranks_share_a_batch_evenly(runs):
-    counts = [{len(step["images"]) for step in steps} for steps in seen(runs[0], "cls3", 3)]
-    assert sorted(counts, key=max) == [{1}, {2}, {2}]
-
-
 def test_ranks_draw_dropout_of_their_own(runs):
     masks = [step["kept"] for steps in seen(runs[0], "dropout", 2) for step in steps]
     assert len(masks) == len(set(masks)) == 10
@@ -212,17 +207,10 @@ def launched(monkeypatch):
 
 
 def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "_run_kernel", lambda _: None)
+    FakeGPU(monkeypatch)
     assert devices.choose_device("auto") == torch.device("cuda:1")
     assert devices.choose_device("cuda") == torch.device("cuda:1")
     assert devices.choose_device("cpu") == CPU
-    with pytest.raises(UsageError, match=r"--device cuda:0: .*cannot share"):
-        devices.choose_device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match=r"2 processes .* with 1 GPU.*--nproc_per_node"):
-        devices.choose_device("cuda")
 
 
 def test_processes_of_a_machine_share_its_cores_out(launched, monkeypatch):
@@ -242,7 +230,6 @@ class FakeGPU:
 
         monkeypatch.setattr(devices, "_run_kernel", run_kernel)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "set_device", self.choose)
         self.chosen = None
@@ -299,19 +286,14 @@ def test_switches_that_gain_nothing_are_named(capability, switches, useless, mon
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("NCCL error in: x.cpp:1, remote process exited or there was a network error", "has lost"),
-        ("[../gloo/tcp/pair.cc:534] Connection closed by peer [::1]:99", "has lost"),
+        ("[../gloo/tcp/pair.cc:534] Connection closed by peer [::1]:99", "has lost the others"),
         ("The client socket has timed out after 60s while trying to connect", "has lost"),
-        (
-            "NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected",
-            "cannot work with the others (NCCL error in: x.cpp:1, invalid usage Last error: Dupl",
-        ),
-        ("Gloo: unable to find address for: eth9", "cannot work with the others (Gloo: unable"),
+        ("NCCL error\nLast error:\nDuplicate GPU detected", "NCCL error Last error: Duplicate"),
         ("shape '[2]' is invalid", None),
         ("NCCL error: unhandled cuda error, out of memory", None),
     ],
 )
-def test_failed_exchange_is_told_from_a_lost_rank(text, words, launched, monkeypatch):
+def test_failed_exchange_is_told_from_other_errors(text, words, launched, monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     with (
         pytest.raises(DataError if words else RuntimeError, match=re.escape(words or text)),

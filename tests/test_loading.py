@@ -47,13 +47,6 @@ def test_batches_follow_the_order(num_workers):
 
 
 @each_number_of_workers
-def test_samples_are_asked_for_by_any_key(num_workers):
-    dataset = {(epoch, index): 100 * epoch + index for epoch in range(2) for index in range(3)}
-    batches = iter([[(0, 2), (0, 1)], [(0, 0), (1, 2)], [(1, 0)]])
-    assert load_all(dataset, batches, num_workers) == [[2, 1], [0, 102], [100]]
-
-
-@each_number_of_workers
 def test_loading_leaves_the_random_numbers_of_torch_alone(num_workers):
     before = torch.get_rng_state()
     load_all(range(4), in_batches(range(4), 2), num_workers)
@@ -144,18 +137,13 @@ with load_each(samples, 3) as loaded:
 """
 
 
-@pytest.mark.parametrize(
-    ("size", "code", "words"),
-    [("1M", 0, ""), ("64k", 1, r"DataError: loader processes cannot start .*No space.*/dev/shm")],
-)
-def test_little_shared_memory(size, code, words):
-    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" "$@"'
+def test_little_shared_memory():
+    mount = 'mount -t tmpfs -o size=1M tmpfs /dev/shm && exec "$0" "$@"'
     mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount]
     if not shutil.which("unshare") or subprocess.run([*mounted, "true"]).returncode:
         pytest.skip("not permitted to mount")
     done = run_script(SMALL, *mounted)
-    assert done.returncode == code, done.stderr
-    assert re.search(words, done.stderr)
+    assert done.returncode == 0, done.stderr
 
 
 ABANDONED = """
@@ -172,12 +160,6 @@ def test_program_that_fails_does_not_wait_for_its_loader_processes():
     assert "KeyError" in done.stderr
 
 
-@pytest.mark.parametrize("length", [0, 1, 50])
-def test_shuffled_is_a_permutation(length):
-    order = shuffled(length, seed=3, epoch=1)
-    assert repr(sorted(order)) == repr(list(range(length)))  # of Python's integers
-
-
 def test_shuffled_depends_on_seed_and_epoch_alone():
     keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
     orders = [shuffled(50, *key) for key in keys]
@@ -185,3 +167,4 @@ def test_shuffled_depends_on_seed_and_epoch_alone():
     assert [shuffled(50, *key) for key in reversed(keys)] == orders[::-1]
     assert len({tuple(order) for order in orders}) == len(keys)
     assert list(range(50)) not in orders
+    assert repr(sorted(orders[0])) == repr(list(range(50)))  # of Python's integers

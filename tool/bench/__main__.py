@@ -12,23 +12,21 @@ times are medians. Memory is by how much the peak of a fresh process exceeds tha
 ``max_rel_diff`` is the largest difference of the results, relative to the largest value of the
 baseline; random_walk compares both sides with double precision.
 
-step and infer show where the time of a training step and of an image goes, and with --amp, --tf32
-or --compile also compare with what is computed without them. all runs everything in turn, with
-every network, without and with --amp bf16.
+step and infer show where the time of a training step and of an image goes. all runs everything in
+turn, with every network, without and with --amp bf16.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from tool.bench.released import affinity, compare, crf, peak_megabytes, random_walk
-from tool.bench.stages import infer, step, time_program
+from tool.bench.stages import infer, step
 from tool.files import write_json
 from tool.run import cli
 from tool.run.devices import choose_device
@@ -39,46 +37,32 @@ from tool.run.log import describe_run
 ALL = ("random_walk", "random_walk --height 94 --width 126", "affinity", "crf --threads 1")
 BACKBONES = ("vgg16", "resnet38", "resnet50")
 BATCHES = {"cls": 16, "aff": 8, "seg": 10}
-TRAIN_AUG = 10_582  # images
 
 
 def all_(args: argparse.Namespace) -> None:
-    """Every benchmark in a process of its own, at the sizes of the method.
-
-    Also prints the images per second, and the minutes that train_aug's 10,582 images would take.
-    """
-    commands = list(ALL)
-    for name, kind in product(BACKBONES, BATCHES):
-        network = f"--network {name}_{kind} --amp bf16"
-        commands += [f"step {network} --batch {BATCHES[kind]}", f"infer {network}"]
+    """Every benchmark in a process of its own, at the sizes of the method."""
+    programs = [
+        f"{program} --network {backbone}_{kind}{amp}"
+        for backbone in BACKBONES
+        for kind, batch in BATCHES.items()
+        for program in (f"step --batch {batch}", "infer")
+        for amp in ("", " --amp bf16")
+    ]
     results: dict[str, dict] = {}
-    for command in commands:
-        print(f"{command}:", flush=True)
-        results[command] = figures_of(command, args)
-        print_figures(results[command])
-        if args.json:  # after each, in case that the time is up
-            write_json(args.json, results)
-    failed = [command for command, figures in results.items() if not figures]
-    if failed:
-        raise DataError(f"{len(failed)} of {len(commands)} failed, see above: {'; '.join(failed)}.")
-
-
-def figures_of(command: str, args: argparse.Namespace) -> dict[str, float]:
-    """What a benchmark measures in a process of its own; nothing if it fails."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "figures.json")
         flags = ["--device", args.device, "--repeats", str(args.repeats), "--seed", str(args.seed)]
-        words = [sys.executable, "-m", "tool.bench", *command.split(), *flags, "--json", file]
-        if subprocess.run(words, stdout=subprocess.DEVNULL).returncode:
-            return {}
-        figures = json.loads(file.read_text())
-    if "total_s" in figures:
-        options = get_args_parser().parse_args(command.split())
-        for side in ("", "baseline_"):
-            rate = getattr(options, "batch", 1) / figures[f"{side}total_s"]
-            figures[f"{side}images_per_s"] = rate
-            figures[f"{side}train_aug_min"] = TRAIN_AUG / rate / 60
-    return figures
+        for command in (*ALL, *programs):
+            print(f"{command}:", flush=True)
+            words = [sys.executable, "-m", "tool.bench", *command.split(), *flags, "--json", file]
+            code = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
+            results[command] = {} if code else json.loads(file.read_text())
+            print_figures(results[command])
+            if args.json:  # after each, in case that the time is up
+                write_json(args.json, results)
+    failed = [command for command, figures in results.items() if not figures]
+    if failed:
+        raise DataError(f"{len(failed)} of {len(results)} failed, see above: {'; '.join(failed)}.")
 
 
 # The benchmarks, with the sizes of their inputs.
@@ -105,18 +89,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         add = subparser.add_argument
         for size, default in sizes.items():
             add(f"--{size}", type=cli.count, default=default, help="size of the inputs")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         add("--threads", type=cli.count, help="CPU threads (default: PyTorch's choice)")
         add("--repeats", type=cli.count, default=5, help="timed runs of each side")
-        add("--seed", type=cli.random_seed, default=0, help="of the random inputs")
         add("--json", metavar="FILE", help="also write the figures to this file")
         add("--peak_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)
+        cli.add_run_arguments(subparser)
         if benchmark in DEFAULT_NETWORKS:
             cli.add_network_argument(subparser, cli.any_network, DEFAULT_NETWORKS[benchmark])
             cli.add_speed_arguments(subparser)
-        if benchmark is step:
-            workers, text = cli.default_num_workers(), "processes that load images, or 0"
-            add("--num_workers", type=cli.number(int, 0), default=workers, help=text)
     return parser
 
 
@@ -148,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         all_(args)
         return
     if args.function in DEFAULT_NETWORKS:
-        figures = time_program(args.function, args, device)
+        figures = args.function(args, device)
     else:
         figures = compare(args.function(args, device), args.repeats, device)
         figures |= {f"{side}_peak_mb": peak_in_child(side) for side in ("baseline", "ours")}

@@ -7,10 +7,9 @@ import argparse
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,12 +24,13 @@ import train_aff
 import train_cls
 import train_seg
 from tool.maps import save_index_png, save_maps
+from tool.run import training
 from tool.run.devices import wait_for
-from tool.run.training import Losses, Training, train_one_epoch
 from voc12 import toy
 
 LONG_SIDE = 500  # of a photograph in VOC, pixels
 LEARNING_RATE = 1e-6  # so small that random weights stay finite
+TRAIN_AUG = 10_582  # images
 # By the ending of a network's name: its programs, and the two functions that process an image.
 KINDS = {
     "cls": (train_cls, infer_cls, "infer_image", "write_outputs"),
@@ -73,45 +73,48 @@ class Stopwatch:
 
         return call
 
-    def figures(self, *parts: str) -> dict[str, float]:
-        """Median seconds of the parts and in total, without the first repetition."""
+    def figures(self, parts: Sequence[str], images: int) -> dict[str, float]:
+        """Median seconds of the parts, which process so many images, without the first time.
+
+        Also the images per second, and the minutes that train_aug's 10,582 images would take.
+        """
         times = np.diff(self.ends).reshape(-1, len(parts))[1:]
         figures = {f"{part}_s": float(np.median(times[:, i])) for i, part in enumerate(parts)}
         figures["total_s"] = float(np.median(times.sum(axis=1)))
+        figures["images_per_s"] = images / figures["total_s"]
+        figures["train_aug_min"] = TRAIN_AUG / figures["images_per_s"] / 60
         if self.device.type == "cuda":
             figures["peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         return figures
 
 
-def step(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, float]:
+def step(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """A training step of the network's program, in median seconds by parts.
 
-    Loading is the wait for the images, forward includes the loss, and backward the optimizer. With
-    --amp, --tf32 or --compile, a step without them is the baseline.
+    Loading is the wait for the images, forward includes the loss, and backward the optimizer.
     """
-    stopwatch = Stopwatch(device)
+    stopwatch, train_one_epoch = Stopwatch(device), training.train_one_epoch
 
-    def timed_epoch(training: Training, batches: Iterator[Any], losses_of: Losses) -> dict:
+    def timed_epoch(run: training.Training, batches: Iterator[Any], losses_of: Callable) -> dict:
         next_batch = stopwatch.timed(lambda: next(batches), before=True)
-        losses = train_one_epoch(training, iter(next_batch, None), stopwatch.timed(losses_of))
+        losses = train_one_epoch(run, iter(next_batch, None), stopwatch.timed(losses_of))
         stopwatch.end_part()
         return losses
 
     program, *_ = KINDS[args.network.__name__[-3:]]
-    length = f"--max_iters {1 + args.repeats}" if program is train_seg else "--max_epoches 1"
-    flags = f"{length} --lr {LEARNING_RATE} --batch_size {args.batch} "
-    flags += f"--crop_size {args.crop_size} --num_workers {args.num_workers}"
-    with mock.patch.object(program, "train_one_epoch", timed_epoch):
-        run(program, args, folder, flags)
-    return stopwatch.figures("loading", "forward", "backward")
+    flags = f"--lr {LEARNING_RATE} --batch_size {args.batch} --crop_size {args.crop_size} "
+    flags += f"--num_workers {args.num_workers} "
+    flags += f"--max_iters {1 + args.repeats}" if program is train_seg else "--max_epoches 1"
+    with mock.patch.object(training, "train_one_epoch", timed_epoch):
+        run_program(program, args, flags)
+    return stopwatch.figures(("loading", "forward", "backward"), args.batch)
 
 
-def infer(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, float]:
+def infer(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """An image of the network's program, 500 pixels long, in median seconds by parts.
 
     Network ends with the CAMs, the transition matrix, or the probabilities; output is the CRF, or
-    the random walk, and on a CPU the writing. With --amp, --tf32 or --compile, an image without
-    them is the baseline.
+    the random walk, and on a CPU the writing.
     """
     stopwatch = Stopwatch(device)
     _, program, network, output = KINDS[args.network.__name__[-3:]]
@@ -122,33 +125,20 @@ def infer(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[
     one_at_a_time = mock.patch.dict(infer_aff.WALKS_AT_A_TIME, cuda=1)
     with mock.patch.multiple(program, **functions), one_at_a_time:
         stopwatch.end_part()
-        run(program, args, folder, "--num_workers 0 --overwrite")
-    return stopwatch.figures("loading", "network", "output")
+        run_program(program, args, "--num_workers 0")
+    return stopwatch.figures(("loading", "network", "output"), 1)
 
 
-def run(program: ModuleType, args: argparse.Namespace, folder: Path, flags: str) -> None:
+def run_program(program: Any, args: argparse.Namespace, flags: str) -> None:
     """Run a program with these flags, the benchmark's and those for files."""
     words = f"--network {args.network.__name__} --weights none --device {args.device} "
     words += f"--seed {args.seed} {flags}"
     words += "".join(f" --{name}" for name in ("tf32", "compile") if getattr(args, name))
     words += f" --amp {args.amp}" if args.amp else ""
-    paths = [word for name in PATHS[program] for word in (f"--{name}", str(folder / name))]
-    program.main(program.get_args_parser().parse_args([*words.split(), *paths]))
-
-
-def time_program(
-    benchmark: Callable, args: argparse.Namespace, device: torch.device
-) -> dict[str, float]:
-    """The figures of ``step`` or ``infer``, and with speed switches also those without them."""
-    plain = argparse.Namespace(**vars(args) | {"amp": None, "tf32": False, "compile": False})
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         make_inputs(Path(folder), args)
-        baseline = benchmark(plain, device, Path(folder))
-        if args == plain:
-            return baseline
-        figures = benchmark(args, device, Path(folder))
-    figures["speedup"] = baseline["total_s"] / figures["total_s"]
-    return figures | {f"baseline_{name}": value for name, value in baseline.items()}
+        paths = [part for name in PATHS[program] for part in (f"--{name}", f"{folder}/{name}")]
+        program.main(program.get_args_parser().parse_args([*words.split(), *paths]))
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:

@@ -76,6 +76,16 @@ def require_distinct_outputs(
             raise UsageError(f"{name} {path}: is {other}, too, which it would replace.")
 
 
+def require_distinct_folders(args: argparse.Namespace, *flags: str) -> None:
+    """Raise UsageError if two of these flags, where they are named, are the same folder."""
+    taken: dict[str, str] = {}
+    for flag in filter(vars(args).get, flags):
+        path = getattr(args, flag)
+        if other := taken.get(os.path.realpath(path)):
+            raise UsageError(f"--{flag} {path}: is --{other}, too; name another folder.")
+        taken[os.path.realpath(path)] = flag
+
+
 def sentence(error: DataError | OSError) -> str:
     """What went wrong, for people."""
     if isinstance(error, DataError):
@@ -318,9 +328,7 @@ def default_num_workers() -> int:
     return min(8, max(1, (cores or 1) // processes))
 
 
-def progress(items: Iterable, description: str, unit: str = "img", **kwargs) -> tqdm:
-    """A tqdm bar on stderr that counts ``unit`` per second; not at a terminal, it moves rarely."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(
-        items, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval, **kwargs
-    )
+def progress(items: Iterable, description: str, **kwargs) -> tqdm:
+    """A tqdm bar on stderr that counts images per second; not at a terminal, it moves rarely."""
+    bar = {"unit": "img", "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    return tqdm(items, desc=description, dynamic_ncols=True, **bar, **kwargs)

@@ -29,11 +29,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 SINGLE_TASK = {"RANK": 0, "WORLD_SIZE": 1, "SLURM_NTASKS": 1, "OMPI_COMM_WORLD_SIZE": 1}
 # The compute capability from which on a switch gains time on a GPU.
 GAINS_FROM = {"--amp bf16": (8, 0), "--amp fp16": (7, 0), "--tf32": (8, 0)}
-# Words that tell a failed exchange between ranks from other runtime errors; and of these, words of
-# one with a rank that is lost.
+# Words that tell a failed exchange between ranks from other runtime errors.
 EXCHANGE_ERRORS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "tcpstore")
-LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout",
-        "remote process exited", "failed to recv", "tcpstore")  # fmt: skip
 # Words of errors that are a lack of memory, and no torch.OutOfMemoryError.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_status_alloc_failed")
 
@@ -64,8 +61,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(wanted)
         if device.type not in DEVICE_TYPES:
             raise RuntimeError(f"it is none of {', '.join(DEVICE_TYPES)}")
-        if device.type == "cuda" and was_launched():
-            device = _device_of_local_rank(device)
+        if name in ("auto", "cuda") and device.type == "cuda" and was_launched():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         _run_kernel(device)
     except (RuntimeError, AssertionError) as error:
         # A GPU that is merely full is worth waiting for, and processes must not differ.
@@ -81,19 +78,6 @@ def choose_device(name: str) -> torch.device:
 def _run_kernel(device: torch.device) -> None:
     """Raise RuntimeError where PyTorch sees a GPU, but has no kernels for it."""
     torch.ones(1, device=device).sum().item()
-
-
-def _device_of_local_rank(device: torch.device) -> torch.device:
-    rank, size = (int(os.environ.get(name, 1)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    if device.index is not None and size > 1:
-        raise UsageError(f"--device {device}: torchrun's processes cannot share it; take cuda.")
-    gpus = torch.cuda.device_count()
-    if rank >= gpus > 0:
-        raise UsageError(
-            f"--device {device}: torchrun starts {size} processes on a machine with {gpus} GPUs; "
-            "take a smaller --nproc_per_node."
-        )
-    return torch.device("cuda", rank if device.index is None else device.index)
 
 
 def configure_backends(device: torch.device, switches: Switches, fixed_size: bool) -> None:
@@ -115,12 +99,10 @@ def configure_backends(device: torch.device, switches: Switches, fixed_size: boo
 def _warn_of_useless(switches: Switches, device: torch.device) -> None:
     """Say which switches gain no time on this GPU."""
     capability = torch.cuda.get_device_capability(device)
-    named = {f"--amp {switches.amp}": switches.amp, "--tf32": switches.tf32}
-    for flag, is_on in named.items():
+    for flag, is_on in ((f"--amp {switches.amp}", switches.amp), ("--tf32", switches.tf32)):
         if is_on and capability < GAINS_FROM[flag]:
-            has, needs = ("{}.{}".format(*numbers) for numbers in (capability, GAINS_FROM[flag]))
-            problem = f"gains no time on a GPU of compute capability {has}, only from {needs} on"
-            print_main(f"WARNING: {flag} {problem}.")
+            needed = "{}.{}".format(*GAINS_FROM[flag])
+            print_main(f"WARNING: {flag} gains time from compute capability {needed} on only.")
 
 
 def to_device(
@@ -225,15 +207,11 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
     except RuntimeError as error:
         if not _has(error, EXCHANGE_ERRORS) or is_out_of_memory(error):
             raise
-        me = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-        if _has(error, LOST):
-            raise DataError(
-                f"{me} has lost the others: one has ended or cannot be reached; see its message "
-                f"above ({reason(error)})."
-            ) from error
-        # NCCL has what went wrong in its last line.
-        problem = " ".join(str(error).split())
-        raise DataError(f"{me} cannot work with the others ({problem}).") from error
+        problem = " ".join(str(error).split())  # NCCL's last line has what went wrong
+        raise DataError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost the others or "
+            f"cannot work with them; see their messages above ({problem})."
+        ) from error
     except Interrupted:  # nobody is lost
         dist.destroy_process_group()
         raise

@@ -82,7 +82,6 @@ class Run:
         self.ids = devices.shard(self.todo)
         self._current = ""
         self._bad: dict[str, str] = {}
-        self._error: DataError | None = None
         self._stopped = False
         self._writer = ThreadPoolExecutor(1) if WRITES_BEHIND[device.type] else None
         self._waiting: deque[tuple[str, Future]] = deque()
@@ -107,9 +106,9 @@ class Run:
         return self
 
     def each(self, samples: Iterable[Any]) -> Iterator[Any]:
-        """The samples that could be read, until a signal comes, or one that cannot be read.
+        """The samples that could be read, until a signal comes.
 
-        ``samples`` are those of ``ids``, or a DataError in their place.
+        ``samples`` are those of ``ids``, or a DataError in their place, which may be skipped.
         """
         for image_id, sample in zip(self.ids, samples, strict=True):
             if error := self._failed_write(MAX_WAITING):
@@ -123,9 +122,7 @@ class Run:
             elif self.skip_bad:
                 self._bad[image_id] = str(sample)
             else:
-                # Raised at the end, so that started images get finished.
-                self._error = sample
-                return
+                raise sample
             self._bar.update()
 
     @contextmanager
@@ -160,11 +157,9 @@ class Run:
         if self._writer:
             self._writer.shutdown()
         error = _with_id(error or failed_write, self._current)
-        if error is None and self._error:
-            hint = "the same command makes the others, with --skip_bad without this one."
-            raise DataError(f"{self._error} {self._count()}; {hint}") from self._error
         if isinstance(error, DataError | OSError):
-            hint = "the same command makes the others."
+            hint = "the same command makes the others"
+            hint += ", with --skip_bad without this one." if isinstance(error, DataError) else "."
             raise DataError(f"{cli.sentence(error)} {self._count()}; {hint}") from error
         if failed_write:
             raise failed_write

@@ -174,13 +174,11 @@ def require_same_settings(
         elif overwrite and not others:
             continue
         elif overwrite:
-            problem = (
-                f"outputs of other settings, and files besides those of the list ({min(others)})"
-            )
+            problem = "outputs of other settings, and files besides those of the list "
+            problem += f"({min(others)})"
         else:
-            problem = (
-                f"outputs of other settings: {differences(record['settings'], folder.settings)}"
-            )
+            found = differences(record["settings"], folder.settings)
+            problem = f"outputs of other settings: {found}"
             if record["origin"] != folder.origin:
                 problem = f"the outputs of {record['origin']}"
             ways += ", or make these images' outputs again with --overwrite"
@@ -220,8 +218,6 @@ def _read_record(folder: OutputFolder) -> dict[str, Any] | None:
     """The record's content; None if there is none that can be read."""
     try:
         content = json.loads(folder.record.read_text(encoding="utf-8"))
-        origin, settings = content["origin"], content["settings"]
+        return {"origin": content["origin"], "settings": content["settings"]}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    texts = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
-    return content if isinstance(origin, str) and texts else None

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tool.run import cli, devices
 from tool.run.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from tool.run.devices import StopSignals, Switches
 from tool.run.errors import DataError, Interrupted, UsageError
-from tool.run.loading import in_batches, load, shuffled
+from tool.run.loading import load, shuffled
 from tool.run.log import Log, describe_run
 from tool.run.optimizer import build_optimizer, set_poly_lr
 from tool.run.provenance import digest_file, settings_of
@@ -34,17 +33,6 @@ IRRELEVANT_FLAGS = {"device", "num_workers", "session_name", "resume", "save_eve
 
 # losses_of(model, batch) gives scalars by name, "loss" being the one to minimize.
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
-
-
-def session_name(args: argparse.Namespace) -> str:
-    """``--session_name``, or the network's name; raises UsageError if no file can have it."""
-    name = args.session_name or args.network.__name__.rpartition(".")[2]
-    if not Path(name).name or name.endswith(("/", os.sep)):
-        raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
-    for suffix in (".pth", ".log", ".csv", ".ckpt"):
-        if Path(name + suffix).is_dir():
-            raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
-    return name
 
 
 @dataclass
@@ -66,8 +54,8 @@ class Training:
     stop: StopSignals
     log_every: int
     save_every: int | None
-    fresh_layers: Sequence[str] = ()  # of the backbone, that the start weights lack
-    poly_first_only: bool = False  # see set_poly_lr
+    fresh_layers: Sequence[str]  # of the backbone, that the start weights lack
+    poly_first_only: bool  # see set_poly_lr
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, with what follows their last step
     losses: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
@@ -87,111 +75,24 @@ class Training:
         return math.ceil(self.max_step / self.steps_per_epoch)
 
 
-def remaining_batches(training: Training) -> Iterator[list]:
-    """This rank's shard of each batch of the steps to come, as (epoch, index) pairs.
+def train(
+    training: Training,
+    dataset: Dataset,
+    num_workers: int,
+    losses_of: Losses,
+    validate: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Take all steps to come, and write the weights; signals wait for the end of a step.
 
-    The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
+    ``validate`` returns figures for the log after each epoch. All ranks must call it.
     """
-    left = training.max_step - training.step
-    return islice(_batches_from(training), left)
-
-
-def _batches_from(training: Training) -> Iterator[list]:
-    first_epoch, done = divmod(training.step, training.steps_per_epoch)
-    for epoch in range(first_epoch, training.epochs):
-        order = shuffled(training.num_images, training.seed, epoch)
-        batches = in_batches(order, training.batch_size)
-        for batch in islice(batches, done, training.steps_per_epoch):
-            yield [(epoch, index) for index in devices.shard(batch)]
-        done = 0
-
-
-def load_start_weights(net: nn.Module, source: str, notes: list[str]) -> list[str]:
-    """``load_for_training``; adds its lines to the notes. One rank downloads before the others."""
-    with devices.main_first():
-        return load_for_training(net, source, notes.append)
-
-
-def start_training(
-    args: argparse.Namespace,
-    net: nn.Module,
-    num_images: int,
-    device: torch.device,
-    contents: dict[str, str],
-    notes: list[str],
-    fresh_layers: Sequence[str] = (),
-) -> Training:
-    """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
-
-    ``contents`` are digests of what other flags name, by flag; ``notes`` are lines for a new log;
-    ``fresh_layers`` is what ``load_start_weights`` returned.
-    Raises DataError if the checkpoint cannot be read or the images do not fill a batch, UsageError
-    if settings differ, the session is in use, or a rank gets no image. All ranks must call it.
-    """
-    session, batch_size = session_name(args), args.batch_size
-    if batch_size < devices.world_size():
-        raise UsageError(
-            f"--batch_size {batch_size}: too small for {devices.world_size()} processes."
-        )
-    if num_images < batch_size:
-        raise DataError(
-            f"{args.train_list}: its {num_images} images do not fill a batch of {batch_size}; "
-            "take a smaller --batch_size."
-        )
-    if "max_iters" in args:
-        max_step = args.max_iters
-    else:
-        max_step = num_images // batch_size * args.max_epoches
-    settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
-    if args.weights not in WEIGHT_WORDS:
-        settings["weights"] = digest_file(args.weights)
-    devices.to_device(net, device, Switches(args.amp, args.tf32, args.compile))
-    training = Training(
-        net=net,
-        model=net,
-        optimizer=build_optimizer(net, args.lr, args.wt_dec, args.momentum),
-        # float16 has so small a range that gradients must be scaled; otherwise this does nothing.
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        num_images=num_images,
-        batch_size=batch_size,
-        max_step=max_step,
-        device=device,
-        session=session,
-        settings=settings,
-        seed=args.seed,
-        log=Log(session, describe_run(args.seed, device), args.tensorboard),
-        stop=StopSignals(),
-        log_every=args.log_every,
-        save_every=args.save_every,
-        fresh_layers=fresh_layers,
-        poly_first_only=getattr(args, "poly_first_group", False),
-    )
-    weights = Path(f"{session}.pth")
-    found = find_checkpoint(args.resume, training.checkpoint)
-    if found:
-        _restore(training, read_checkpoint(found, settings))
-    else:
-        if weights.exists():
-            hint = "is of a finished training and will be replaced; another --session_name keeps it"
-            devices.print_main(f"WARNING: {weights} {hint}.")
-        training.log.start(notes)
-        devices.seed_rank(args.seed, step=0)
-    if devices.is_main():  # now that the log is locked
-        for path in (training.checkpoint, weights):
-            remove_leftovers(path)
-        if not found:
-            training.checkpoint.unlink(missing_ok=True)
-    training.model = devices.data_parallel(net, device)
-    return training
-
-
-@contextmanager
-def open_batches(training: Training, dataset: Dataset, num_workers: int) -> Iterator[Iterator[Any]]:
-    """Within the block: the batches of all steps to come; signals wait for the end of a step."""
     order, on_gpu = remaining_batches(training), training.device.type == "cuda"
     loaded = load(dataset, order, num_workers, pin_memory=on_gpu)
     with closing(training.log), training.stop, loaded as batches:
-        yield batches
+        while training.epoch < training.epochs:
+            losses = train_one_epoch(training, batches, losses_of)
+            end_epoch(training, losses | validate())
+        finish(training)
 
 
 def train_one_epoch(
@@ -231,6 +132,106 @@ def train_one_epoch(
             if training.save_every and training.step % training.save_every == 0:
                 save_checkpoint(training)
     return _means(training.losses)
+
+
+def session_name(args: argparse.Namespace) -> str:
+    """``--session_name``, or the network's name; raises UsageError if no file can have it."""
+    name = args.session_name or args.network.__name__.rpartition(".")[2]
+    if not Path(name).name or name.endswith(("/", os.sep)):
+        raise UsageError(f"--session_name {name}: must end in a file's name, without .pth.")
+    for suffix in (".pth", ".log", ".csv", ".ckpt"):
+        if Path(name + suffix).is_dir():
+            raise UsageError(f"--session_name {name}: {name}{suffix} is a folder.")
+    return name
+
+
+def remaining_batches(training: Training) -> Iterator[list]:
+    """This rank's shard of each batch of the steps to come, as (epoch, index) pairs.
+
+    The batches depend on the seed alone, not on where a run was resumed or on the number of ranks.
+    """
+    order: list[int] = []
+    for step in range(training.step, training.max_step):
+        epoch, done = divmod(step, training.steps_per_epoch)
+        if not order or done == 0:
+            order = shuffled(training.num_images, training.seed, epoch)
+        batch = order[done * training.batch_size :][: training.batch_size]
+        yield [(epoch, index) for index in devices.shard(batch)]
+
+
+def start_training(
+    args: argparse.Namespace,
+    net: nn.Module,
+    num_images: int,
+    device: torch.device,
+    contents: dict[str, str],
+    note: str,
+) -> Training:
+    """The training that the flags ask for, continued where ``--resume`` finds a checkpoint.
+
+    ``contents`` are digests of what other flags name, by flag; ``note`` is a line for a new log.
+    Raises DataError if the start weights or the checkpoint cannot be used or the images do not fill
+    a batch, UsageError if settings differ, the session is in use, or a rank gets no image. All
+    ranks must call it.
+    """
+    session, batch_size = session_name(args), args.batch_size
+    if batch_size < devices.world_size():
+        raise UsageError(
+            f"--batch_size {batch_size}: too small for {devices.world_size()} processes."
+        )
+    if num_images < batch_size:
+        raise DataError(
+            f"{args.train_list}: its {num_images} images do not fill a batch of {batch_size}; "
+            "take a smaller --batch_size."
+        )
+    if "max_iters" in args:
+        max_step = args.max_iters
+    else:
+        max_step = num_images // batch_size * args.max_epoches
+    settings = settings_of(args, vars(args).keys() - IRRELEVANT_FLAGS) | contents
+    if args.weights not in WEIGHT_WORDS:
+        settings["weights"] = digest_file(args.weights)
+    notes: list[str] = []
+    with devices.main_first():  # which may download
+        fresh_layers = load_for_training(net, args.weights, notes.append)
+    devices.to_device(net, device, Switches(args.amp, args.tf32, args.compile))
+    training = Training(
+        net=net,
+        model=net,
+        optimizer=build_optimizer(net, args.lr, args.wt_dec, args.momentum),
+        # float16 has so small a range that gradients must be scaled; otherwise this does nothing.
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        num_images=num_images,
+        batch_size=batch_size,
+        max_step=max_step,
+        device=device,
+        session=session,
+        settings=settings,
+        seed=args.seed,
+        log=Log(session, describe_run(args.seed, device), args.tensorboard),
+        stop=StopSignals(),
+        log_every=args.log_every,
+        save_every=args.save_every,
+        fresh_layers=fresh_layers,
+        poly_first_only=getattr(args, "poly_first_group", False),
+    )
+    weights = Path(f"{session}.pth")
+    found = find_checkpoint(args.resume, training.checkpoint)
+    if found:
+        _restore(training, read_checkpoint(found, settings))
+    else:
+        if weights.exists():
+            hint = "is of a finished training and will be replaced; another --session_name keeps it"
+            devices.print_main(f"WARNING: {weights} {hint}.")
+        training.log.start([*notes, note])
+        devices.seed_rank(args.seed, step=0)
+    if devices.is_main():  # now that the log is locked
+        for path in (training.checkpoint, weights):
+            remove_leftovers(path)
+        if not found:
+            training.checkpoint.unlink(missing_ok=True)
+    training.model = devices.data_parallel(net, device)
+    return training
 
 
 @contextmanager
@@ -311,8 +312,9 @@ def leave_if_stopped(training: Training) -> None:
         )
 
 
-def end_epoch(training: Training, summary: str) -> None:
-    """Log the epoch's result, and write a checkpoint where each epoch has one."""
+def end_epoch(training: Training, figures: dict[str, float]) -> None:
+    """Log the epoch's figures, and write a checkpoint where each epoch has one."""
+    summary = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     training.log.write(f"epoch {training.epoch + 1}/{training.epochs}: {summary}")
     training.epoch += 1
     training.losses, training.row_start = [], 0

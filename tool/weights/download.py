@@ -4,8 +4,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,21 +55,13 @@ def _use_file(url: str, path: Path, use: Callable[[str, Path], T]) -> T:
     unchecked = path.with_name(f"{path.name}.{os.getpid()}.unchecked")
     digits = re.search(r"-([0-9a-f]{8})\.", path.name)  # of torchvision's files, of their SHA-256
     print(f"downloading {url} to {path}", file=sys.stderr)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENT_SECONDS)
     try:
-        with _impatient():
-            torch.hub.download_url_to_file(url, str(unchecked), digits and digits[1])
+        torch.hub.download_url_to_file(url, str(unchecked), digits and digits[1])
         result = use(url, unchecked)
         unchecked.replace(path)
         return result
     finally:
+        socket.setdefaulttimeout(timeout)
         unchecked.unlink(missing_ok=True)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
