@@ -211,6 +211,11 @@ def test_launched_processes_take_a_gpu_each(launched, monkeypatch):
     assert devices.choose_device("auto") == torch.device("cuda:1")
     assert devices.choose_device("cuda") == torch.device("cuda:1")
     assert devices.choose_device("cpu") == CPU
+    with pytest.raises(UsageError, match=r"--device cuda:0: .*cannot share"):
+        devices.choose_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"2 processes .* with 1 GPU.*--nproc_per_node"):
+        devices.choose_device("cuda")
 
 
 def test_processes_of_a_machine_share_its_cores_out(launched, monkeypatch):
@@ -230,6 +235,7 @@ class FakeGPU:
 
         monkeypatch.setattr(devices, "_run_kernel", run_kernel)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "set_device", self.choose)
         self.chosen = None

@@ -61,8 +61,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(wanted)
         if device.type not in DEVICE_TYPES:
             raise RuntimeError(f"it is none of {', '.join(DEVICE_TYPES)}")
-        if name in ("auto", "cuda") and device.type == "cuda" and was_launched():
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and was_launched():
+            device = _device_of_local_rank(device)
         _run_kernel(device)
     except (RuntimeError, AssertionError) as error:
         # A GPU that is merely full is worth waiting for, and processes must not differ.
@@ -78,6 +78,19 @@ def choose_device(name: str) -> torch.device:
 def _run_kernel(device: torch.device) -> None:
     """Raise RuntimeError where PyTorch sees a GPU, but has no kernels for it."""
     torch.ones(1, device=device).sum().item()
+
+
+def _device_of_local_rank(device: torch.device) -> torch.device:
+    rank, size = (int(os.environ.get(name, 1)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if device.index is not None and size > 1:
+        raise UsageError(f"--device {device}: torchrun's processes cannot share it; take cuda.")
+    gpus = torch.cuda.device_count()
+    if rank >= gpus > 0:
+        raise UsageError(
+            f"--device {device}: torchrun starts {size} processes on a machine with {gpus} GPUs; "
+            "take a smaller --nproc_per_node."
+        )
+    return torch.device("cuda", rank if device.index is None else device.index)
 
 
 def configure_backends(device: torch.device, switches: Switches, fixed_size: bool) -> None:
