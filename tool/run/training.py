@@ -292,12 +292,12 @@ def _means(losses: list[dict[str, float]]) -> dict[str, float]:
 
 def diverged(training: Training, what: str) -> DataError:
     """The error that ends a training whose numbers are not finite any more."""
-    advice = "try a smaller --lr."
+    advice = "try a smaller --lr"
+    if training.fresh_layers:
+        advice = f"{' and '.join(training.fresh_layers)} were not in the weights: try {ADVICE}"
     if training.scaler.is_enabled():
-        advice = "try --amp bf16, whose range is wider than that of --amp fp16, or a smaller --lr."
-    elif training.fresh_layers:
-        advice = f"{' and '.join(training.fresh_layers)} were not in the weights: try {ADVICE}."
-    return DataError(f"{what}; no weights were written; {advice}")
+        advice += ", or --amp bf16, whose range is wider than that of --amp fp16"
+    return DataError(f"{what}; no weights were written; {advice}.")
 
 
 def leave_if_stopped(training: Training) -> None:
