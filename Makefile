@@ -1,4 +1,4 @@
-# make demo      all stages on a synthetic devkit, with scores and report pages (4 to 7 minutes)
+# make demo      all stages on a synthetic devkit, with scores and report pages (5 to 8 minutes)
 # make test      lint and the whole test suite
 # make coverage  the test suite, with the lines and branches that it covers (at least 95 and 90 %)
 # make setup     only the virtual environment, which the others make when needed

@@ -113,7 +113,8 @@ RECIPES["tiny"] = {
     "infer_cls": "--low_alpha 4 --high_alpha 32",
     "train_aff": "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160",
     "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 4",
-    "train_seg": "--lr 0.02 --batch_size 8 --max_iters 800 --crop_size 160 --scale 0.75 1.5",
+    "train_seg": "--lr 0.01 --batch_size 8 --max_iters 800 --crop_size 160 --scale 0.75 1.5 "
+    "--hsv_shift 0",
     "infer_seg": "--scales 1.5 2 --crf",
 }
 
