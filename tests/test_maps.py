@@ -4,7 +4,9 @@ import io
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -217,6 +219,18 @@ def test_index_image_comes_back_as_it_was(tmp_path_factory, label):
         assert image.getpalette() == voc_palette()
     Image.fromarray(label).save(path)  # gray
     assert np.array_equal(load_index_png(path), label)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gray_of_few_bits_is_read_as_it_was_written(bits, tmp_path):
+    packed = {2: b"\0\x1b\0\xe4", 4: b"\0\x01\x23\0\x32\x10"}  # 0 1 2 3 and 3 2 1 0
+    header = struct.pack(">2I5B", 4, 2, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(packed[bits])), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    (tmp_path / "a.png").write_bytes(content)
+    assert load_index_png(tmp_path / "a.png").tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
 
 
 def test_palette_is_the_one_of_voc():

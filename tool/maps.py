@@ -229,7 +229,8 @@ def load_index_png(path: str | os.PathLike, num_labels: int = VOID) -> np.ndarra
     image = open_image(path)
     if image.mode not in ("P", "L"):
         raise DataError(f"{path}: has mode {image.mode}; an index image is palette or 8-bit gray.")
-    label = np.array(image)
+    # Pillow spreads gray of 2 or 4 bits over 0..255.
+    label = np.array(image) // np.uint8(255 // (2 ** image.info["gray_bits"] - 1))
     palette = bytes(image.getpalette() or ())
     if VOC_PALETTE.startswith(palette):  # a gray image has none
         return label
@@ -265,6 +266,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 # Of 16 bits a colour, Pillow keeps the upper 8. After loading, no tile names them.
                 is_deep = re.search("(RGB|A|X);16", str(image.tile))
+                few_bits = re.search("'L;([24])'", str(image.tile))
+                image.info["gray_bits"] = int(few_bits[1]) if few_bits else 8
                 image.load()
                 if is_deep and max(high for _, high in image.convert("RGB").getextrema()) < 64:
                     raise ValueError("of 16 bits a colour, it uses 14 or less; save it with 8 bits")
