@@ -137,13 +137,18 @@ with load_each(samples, 3) as loaded:
 """
 
 
-def test_little_shared_memory():
-    mount = 'mount -t tmpfs -o size=1M tmpfs /dev/shm && exec "$0" "$@"'
+@pytest.mark.parametrize(
+    ("size", "code", "words"),
+    [("1M", 0, ""), ("64k", 1, r"DataError: loader processes cannot start .*No space.*/dev/shm")],
+)
+def test_little_shared_memory(size, code, words):
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" "$@"'
     mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount]
     if not shutil.which("unshare") or subprocess.run([*mounted, "true"]).returncode:
         pytest.skip("not permitted to mount")
     done = run_script(SMALL, *mounted)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    assert re.search(words, done.stderr)
 
 
 ABANDONED = """

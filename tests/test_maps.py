@@ -227,8 +227,8 @@ def test_gray_of_few_bits_is_read_as_it_was_written(bits, tmp_path):
     header = struct.pack(">2I5B", 4, 2, bits, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(packed[bits])), (b"IEND", b"")):
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        content += struct.pack(">I", len(data)) + kind + data + check
+        size, check = len(data), zlib.crc32(kind + data)
+        content += struct.pack(">I", size) + kind + data + struct.pack(">I", check)
     (tmp_path / "a.png").write_bytes(content)
     assert load_index_png(tmp_path / "a.png").tolist() == [[0, 1, 2, 3], [3, 2, 1, 0]]
 

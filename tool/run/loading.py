@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from tool.run.errors import DataError, reason
 
+WAYS_OUT = "enlarge /dev/shm (a container's --shm-size), or take fewer --num_workers, or 0."
+
 
 class _Reporting(Dataset):
     """Returns a DataError instead of raising it: torch would wrap it into a traceback's text."""
@@ -80,17 +82,20 @@ def _loader(
         # Without one of its own, it would draw from the generator that dropout draws from.
         generator=torch.Generator(),
     )
-    iterator = iter(loader)
+    iterator, problem = None, ""
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        problem = reason(error)
+    if iterator is None:  # not above: processes that have started end only with the OSError
+        raise DataError(f"loader processes cannot start ({problem}); {WAYS_OUT}")
     try:
         yield iterator
     except RuntimeError as error:
         # PyTorch raises this in any line of the program when a process dies.
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise DataError(
-            f"a loader process died ({reason(error)}); enlarge /dev/shm (a container's "
-            "--shm-size), or take fewer --num_workers, or 0."
-        ) from error
+        raise DataError(f"a loader process died ({reason(error)}); {WAYS_OUT}") from error
     finally:
         if num_workers:
             # An error's traceback may hold the iterator, so that it would not end by itself.
