@@ -160,8 +160,7 @@ def test_crops_keep_pixels_and_labels_together(tmp_path):
 
 def test_hsv_is_shifted_by_at_most_the_limit(rng):
     image = noise_image(30, 40)
-    before = np.asarray(image.convert("HSV")).astype(int)
-    shifts = set()
+    before, shifts = np.asarray(image.convert("HSV")).astype(int), set()
     for _ in range(30):
         after = np.asarray(transforms.shift_hsv(image, 10, rng).convert("HSV")).astype(int)
         inner = (before[..., 1:] > 60).all(-1) & (before[..., 1:] < 200).all(-1)
@@ -177,7 +176,6 @@ def test_hsv_is_shifted_by_at_most_the_limit(rng):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Photographs in two folders, and weights."""
     torch.manual_seed(0)
     net = tiny_seg.Net()
     nn.init.normal_(net.fc8.weight)

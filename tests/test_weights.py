@@ -228,9 +228,11 @@ def test_none_leaves_every_tensor_fresh_and_warns(load, lines, tmp_path, monkeyp
 # ---- names and shapes as published ----
 
 
-def test_deeper_network_is_refused(golden, lines):
+def test_deeper_network_is_refused(lines):
     net = _classifier(1)
-    found = net.state_dict() | {"trunk4.1.weight": torch.ones(1)}
+    found = net.state_dict() | {"fc8.bias": torch.ones(20)}  # as Caffe's classifiers have
+    assert "fc8.bias" not in take_weights(net, "a.pth", found, (), lines.append)
+    found |= {"trunk4.1.weight": torch.ones(1)}
     with pytest.raises(DataError, match=r"more layers than network\.tiny_cls: trunk4\.1\.weight"):
         take_weights(net, "a.pth", found, (), lines.append)
 

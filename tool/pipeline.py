@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tool.files import atomic_write, write_json
+from tool.files import write_bytes, write_json
 from tool.run import cli
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.weights import FRESH
@@ -380,8 +380,7 @@ def main(args: argparse.Namespace) -> None:
         return
     content, text = results(args)
     write_json(Path(args.out_dir, "results.json"), content)
-    with atomic_write(Path(args.out_dir, "results.md")) as file:
-        file.write(f"{text}\n".encode())
+    write_bytes(Path(args.out_dir, "results.md"), f"{text}\n".encode())
     print(f"\n{text}\n\nwritten to {Path(args.out_dir, 'results.md')} and results.json")
 
 

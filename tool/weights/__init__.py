@@ -217,8 +217,9 @@ def take_weights(
         if not extremes.isfinite().all():
             raise DataError(f"{source}: {name} has values that are not finite; train again.")
     unused = [name for name in found if name not in taken]
-    modules = dict(net.named_children())  # ResNet-101 has all of ResNet-50, and more
-    deeper = [name for name in unused if name not in wanted and name.split(".")[0] in modules]
+    # ResNet-101 has all of ResNet-50, and more; a head with a bias is merely another head.
+    backbone = dict(net.named_children()).keys() - set(net.new_layers)
+    deeper = [name for name in unused if name not in wanted and name.split(".")[0] in backbone]
     if deeper:
         network = type(net).__module__
         raise DataError(f"{source}: has more layers than {network}: {_names(deeper)}.")
