@@ -61,7 +61,7 @@ def test_affinity_and_its_gradient_equal_the_cpus(channels_last):
     features, labels = torch.randn(2, 32, 14, 17), torch.randint(0, 3, (2, 14, 17)).byte()
     results = {}
     for device in ("cpu", "cuda"):
-        given = features.to(device)
+        given = features.clone().to(device)
         if channels_last:
             given = given.contiguous(memory_format=torch.channels_last)
         given.requires_grad_()
