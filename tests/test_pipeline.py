@@ -290,6 +290,17 @@ def test_no_published_figures_stand_beside_other_data_or_networks(plan):
         assert "no published figures" in plan.out
 
 
+def test_a_part_of_the_images_and_16_bits(plan, tmp_path):
+    commands = plan(f"{VGG} --ids '2007_*' --recipe small --amp bf16")
+    assert of(commands, "prepare")[0].ids == "2007_*"
+    assert {args.amp for name, args in commands if "_" in name} == {"bf16"}
+    assert of(commands, "train_cls")[0].crop_size == 320
+    assert plan.out.count("| - | - |") == 6
+    assert "- Only the images whose ids match 2007_*.\n- Recipe: small." in plan.out
+    both = run_program(f"{PIPELINE} {VGG} --ids a --list_dir lists", tmp_path)
+    both.assert_failed(2, "--ids", "--list_dir")
+
+
 # Signals
 
 STAGE = """

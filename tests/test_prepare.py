@@ -75,6 +75,19 @@ def test_what_a_devkit_lacks_is_not_made_and_named(world):
     assert "--sbd_root" in result.out
 
 
+def test_ids_select_from_all_lists(world):
+    (world / "VOC" / "SegmentationClassAug" / "t1.png").unlink()  # SBD's masks alone lack train
+    result = run_program(f"{PREPARE} --ids [tv]1", world).check()
+    lists = {name: read_ids(world / "lists" / name) for name in ("train.txt", "val.txt")}
+    assert lists == {"train.txt": ["t1"], "val.txt": ["v1"]}
+    assert read_ids(world / "lists" / "train_aug.txt") == ["t1"]
+    assert "not made: test.txt" in result.out and "--ids" in result.out
+    assert sorted(load_npy_dict(world / "lists" / "cls_labels.npy")) == ["t1", "v1"]
+    run_program(f"{PREPARE} --ids z*", world).assert_failed(2, "--ids z*", "VOC")
+    flags = "--image_folders VOC --ids t1"
+    run_program(f"voc12.prepare {flags}", world).assert_failed(2, "--ids", "--voc12_root")
+
+
 @pytest.mark.parametrize("below", ["cls", "benchmark_RELEASE/dataset/cls"])
 def test_train_aug_from_sbd(below, world):
     shutil.rmtree(world / "VOC" / "SegmentationClassAug")

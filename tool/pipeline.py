@@ -7,6 +7,7 @@
     ... --from train_aff                     remove what this and all later stages made, run them
     ... --stages infer_aff evaluate          run these stages only
     ... --cam_dir SEEDS                      class maps of any method in place of stage 1
+    ... --ids '2007_*' --recipe small        a benchmark for two CPU cores, see docs/small.md
 
 The stages are prepare, train_cls, infer_cls, train_aff, infer_aff, train_seg, infer_seg and
 evaluate. To continue after an interruption, repeat the command without --from: finished trainings
@@ -30,6 +31,7 @@ import sys
 from pathlib import Path
 
 from tool.files import write_bytes, write_json
+from tool.recipes import NETWORKS, PUBLISHED, PUBLISHED_TEST, RECIPES
 from tool.run import cli
 from tool.run.errors import DataError, Interrupted, UsageError
 from tool.weights import FRESH
@@ -74,65 +76,6 @@ COMMANDS = (
     "evaluate --list {val} --pred {out}/seg --json {out}/seg_val.json",
 )
 
-# What the networks are trained and run with, by network, or network and start. The published
-# figures were made with these of vgg16 and resnet38, which differ in the learning rate only.
-RECIPES = {
-    network: {
-        "train_cls": f"--lr {lr} --batch_size 16 --max_epoches 15 --crop_size 448 --wt_dec 5e-4",
-        "infer_cls": "--low_alpha 4 --high_alpha 32",
-        "train_aff": f"--lr {lr} --batch_size 8 --max_epoches 8 --crop_size 448 --wt_dec 5e-4",
-        "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 8",
-        "train_seg": f"--lr 0.001 --batch_size 10 --max_iters 20000 --wt_dec 5e-4 {augmentation}",
-        "infer_seg": f"--crf {test}",
-    }
-    for network, lr, augmentation, test in (
-        (
-            "vgg16",
-            0.1,
-            "--crop_size 321 --scale 1 1 --hsv_shift 0",
-            "--scales 1 --crf_steps 10 --crf_bilateral 4 121 5",
-        ),
-        ("resnet38", 0.01, "--crop_size 448 --poly_first_group", ""),
-    )
-}
-# Where fc6 and fc7 are not in the start weights, larger learning rates diverge.
-RECIPES["vgg16_convolutions"] = RECIPES["vgg16"] | {
-    "train_cls": "--lr 0.003 --momentum 0.9 --batch_size 16 --max_epoches 15 --crop_size 448 "
-    "--wt_dec 5e-4",
-    "train_aff": "--lr 0.01 --momentum 0.9 --batch_size 8 --max_epoches 8 --crop_size 448 "
-    "--wt_dec 5e-4",
-}
-# IRN's classifier. Nobody has published AffinityNet with this backbone: its settings are untried.
-RECIPES["resnet50"] = RECIPES["resnet38"] | {
-    "train_cls": "--lr 0.1 --batch_size 16 --max_epoches 5 --crop_size 512 --wt_dec 1e-4",
-}
-# From scratch, on the toy devkit: hence a customary momentum, small crops and a short walk.
-RECIPES["tiny"] = {
-    "train_cls": "--lr 0.05 --momentum 0.9 --batch_size 8 --max_epoches 40 --crop_size 160 "
-    "--resize_long 128 224 --val_crop_size 192",
-    "infer_cls": "--low_alpha 4 --high_alpha 32",
-    "train_aff": "--lr 0.1 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 160",
-    "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 4",
-    "train_seg": "--lr 0.01 --batch_size 8 --max_iters 800 --crop_size 160 --scale 0.75 1.5 "
-    "--hsv_shift 0",
-    "infer_seg": "--scales 1.5 2 --crf",
-}
-
-NETWORKS = ("resnet38", "resnet50", "tiny", "vgg16")
-
-# mIoU in per cent on train and val as the released code reports it for these recipes; IRN reports
-# ResNet-50's.
-PUBLISHED = {
-    "vgg16": {"cam": (48.9, 46.6), "rw": (59.6, 54.0), "seg": (None, 58.4)},
-    "resnet38": {
-        "cam": (47.7, 47.2),
-        "rw": (61.0, 60.2),
-        "rw_crf": (59.7, None),
-        "seg": (None, 61.7),
-    },
-    "resnet50": {"cam": (48.3, None)},
-}
-PUBLISHED_TEST = {"vgg16": 60.5, "resnet38": 63.7}  # of the segmenters, by VOC's server
 OPTIONAL = ("rw_crf", "seg")  # of what is scored; without them, there is no segmenter
 SCORED = {  # what evaluate's results are called, and the splits that it scores
     "cam": ("CAM", ("train", "val")),
@@ -155,6 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aff_weights", help="those of AffinityNet (default: --weights; for none, the classifier)")
     add("--out_dir", required=True, help="folder for all outputs")
     add("--list_dir", help="id lists made before by voc12.prepare (default: made in --out_dir)")
+    add("--ids", metavar="PATTERN", help="only images whose ids match, such as '2007_*'")
     add("--cam_dir", metavar="DIR", help="class maps of any method: no classifier is trained")
     add("--classes", metavar="FILE", help="class names of another data set, one a line")
     for program in PROGRAMS:
@@ -167,6 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "remove the outputs of this and all later stages, and make them again"
     chosen.add_argument("--from", dest="first_stage", **stage, help=text)
     add("--dry_run", action="store_true", help="print the commands and run nothing")
+    add("--amp", choices=("bf16", "fp16"), help="of all programs: compute convolutions in 16 bits")
     cli.add_run_arguments(parser)
     return parser
 
@@ -210,11 +155,13 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
             file = os.path.relpath(REPOSITORY / f"{stage}.py")
             words = [file, "--network", f"network.{args.network}_{stage[-3:]}", *data, *flags]
             words += ["--device", args.device, "--seed", str(args.seed), *workers]
+            words += ["--amp", args.amp] if args.amp else []
             words += RECIPES[args.recipe or args.network][stage].split()
             words += getattr(args, f"{stage}_args") or []  # the last of equal flags counts
         else:
             words = ["-m", f"voc12.{stage}", *data, *flags]
             words += workers if stage == "evaluate" else []
+            words += ["--ids", args.ids] if args.ids and stage == "prepare" else []
         if stage in stages and not (stage == "prepare" and args.list_dir):
             chosen.append((stage, words))
     return [command for command in chosen if _can_run(command, chosen)]
@@ -320,7 +267,8 @@ def run(stage: str, words: list[str]) -> None:
 
 def results(args: argparse.Namespace) -> tuple[dict, str]:
     """What results.json and results.md hold; raises OSError if a split was not evaluated."""
-    theirs = {} if args.classes or args.cam_dir else PUBLISHED.get(args.network, {})
+    is_other = args.classes or args.cam_dir or args.ids
+    theirs = {} if is_other else PUBLISHED.get(args.network, {})
     scores: dict[str, dict] = {key: {} for key in SCORED}
     lines = [
         f"mIoU in per cent, {args.network}.\n",
@@ -349,6 +297,8 @@ def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
         "VOC 2012: scores are of train (1,464 images) and val (1,449) against SegmentationClass.",
         "VOC 2012: labels to train a segmenter with are made on train_aug (10,582 images).",
     ]
+    if args.ids:
+        notes = [f"Only the images whose ids match {args.ids}."]
     if args.recipe:
         notes.append(f"Recipe: {args.recipe}.")
     for program in PROGRAMS:
@@ -365,6 +315,8 @@ def notes_on(args: argparse.Namespace, has_published: bool) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.ids and args.list_dir:
+        raise UsageError("--ids selects what prepare lists; leave it out, or --list_dir.")
     todo = commands(args)
     require_flags(args, dict(todo))
     if args.first_stage:

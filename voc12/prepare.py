@@ -1,6 +1,7 @@
 """Writes the id lists and the image-level labels that the programs read.
 
     python3 -m voc12.prepare --voc12_root VOC2012
+    python3 -m voc12.prepare --voc12_root VOC2012 --ids '2007_*'    a small part of VOC
     python3 -m voc12.prepare --image_folders DIR --out_dir OUT
     python3 -m voc12.prepare --labels table.csv --images DIR --out_dir OUT
 
@@ -18,6 +19,7 @@ cls_labels.npy. The same photograph in two folders has both classes; in DIR/back
 
 import argparse
 import filecmp
+import fnmatch
 import hashlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--images", metavar="DIR", help="the photographs of --labels")
     add("--out_dir", default="voc12", help="folder for the lists and the labels")
     add("--sbd_root", help="SBD's folder benchmark_RELEASE, in place of SegmentationClassAug")
+    add("--ids", metavar="PATTERN", help="only ids of this shell pattern, such as '2007_*'")
     text = "part of folders or a table that becomes val; the ids alone decide which"
     add("--val_share", type=cli.number(float, 0, 1, above=True), default=0.1, help=text)
     text = "copy photographs of folders or a table; for a file system without links"
@@ -62,15 +65,16 @@ def augmented_ids(devkit: Devkit, splits: dict[str, list[str]], sbd_root: str | 
     """The ids with a mask of VOC or SBD that are not in val; empty if there are no masks."""
     # Names that begin with a dot are macOS's companions of files.
     if sbd_root:
-        folder, more = Path(sbd_root), splits.get("train", [])
+        folder = Path(sbd_root)
         masked = {path.stem for path in folder.rglob("cls/[!.]*.mat")}
         if not masked:
             raise DataError(f"{sbd_root}: has no folder cls with SBD's masks; see --sbd_root.")
     else:
-        folder, more = devkit.root / "SegmentationClassAug", []
+        folder = devkit.root / "SegmentationClassAug"
         masked = {path.stem for path in folder.glob("[!.]*.png")}
     require_ids(folder, sorted(masked))
-    return sorted(masked.union(more).difference(splits.get("val", [])))
+    train = splits.get("train", []) if masked else []
+    return sorted(masked.union(train).difference(splits.get("val", [])))
 
 
 def write_list(path: Path, devkit: Devkit, ids: Sequence[str], with_masks: bool) -> None:
@@ -187,6 +191,11 @@ def prepare_devkit(args: argparse.Namespace) -> None:
     if not lists:
         folders = "lists in ImageSets/Segmentation nor masks in SegmentationClassAug"
         raise DataError(f"{devkit.root}: has neither {folders}.")
+    if args.ids:
+        lists = {split: fnmatch.filter(members, args.ids) for split, members in lists.items()}
+        lists = {split: members for split, members in lists.items() if members}
+        if not lists:
+            raise UsageError(f"--ids {args.ids}: no id of {devkit.root}'s lists matches.")
     ids = sorted(set().union(*lists.values()))
     labels = {}
     for image_id in cli.progress(ids, "annotations"):
@@ -198,7 +207,8 @@ def prepare_devkit(args: argparse.Namespace) -> None:
     print(f"{out_dir / 'cls_labels.npy'}: labels of {len(labels)} images")
     for split in SPLITS:
         if split not in lists:
-            print(f"not made: {split}.txt, because ImageSets/Segmentation has no {split}.txt.")
+            problem = "is missing, or has no id that matches --ids" if args.ids else "is missing"
+            print(f"not made: {split}.txt, because ImageSets/Segmentation/{split}.txt {problem}.")
     for path in (out_dir / f"{split}.txt" for split in (*SPLITS, "train_aug")):
         if path.stem not in lists and path.exists():
             print(f"WARNING: {path} is of an earlier run, perhaps of other data.")
@@ -215,6 +225,8 @@ def main(args: argparse.Namespace) -> None:
     sources = [args.voc12_root, args.image_folders, args.labels]
     if sum(map(bool, sources)) != 1 or bool(args.labels) != bool(args.images):
         raise UsageError("name --voc12_root, or --image_folders, or --labels and --images.")
+    if args.ids and not args.voc12_root:
+        raise UsageError("--ids selects from a devkit's lists; name --voc12_root.")
     if args.voc12_root:
         prepare_devkit(args)
     else:
