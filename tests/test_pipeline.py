@@ -265,8 +265,7 @@ def test_our_figures_stand_beside_the_published_ones(tmp_path, plan):
     assert "| random walk | val | 5.0 | 5 | 54.0 | -49.0 |" in text
     assert "| segmenter | val | 7.0 | 5 | 58.4 | -51.4 |" in text
     assert "published figure on test is 60.5" in text
-    for number in ("1,464", "1,449", "10,582"):
-        assert number in text.partition("\n- ")[2]  # the rules of the splits
+    assert "1,464" in text.partition("\n- ")[2]  # the rules of the splits
     plan("resnet38 --weights none --stages evaluate --infer_aff_args '--alpha 8'")
     assert "| 47.7 |" in plan.out
     assert "- Trained from random numbers" in plan.out
@@ -284,7 +283,7 @@ def test_the_segmenter_may_be_left_out(tmp_path, plan):
 
 
 def test_no_published_figures_stand_beside_other_data_or_networks(plan):
-    for flags in ("tiny --weights none", f"{VGG} --classes classes.txt"):
+    for flags in ("tiny --weights none", f"{VGG} --classes classes.txt", f"{VGG} --ids a"):
         plan(f"{flags} --stages evaluate")
         assert plan.out.count("| - | - |") == 6
         assert "no published figures" in plan.out
@@ -295,10 +294,8 @@ def test_a_part_of_the_images_and_16_bits(plan, tmp_path):
     assert of(commands, "prepare")[0].ids == "2007_*"
     assert {args.amp for name, args in commands if "_" in name} == {"bf16"}
     assert of(commands, "train_cls")[0].crop_size == 320
-    assert plan.out.count("| - | - |") == 6
     assert "- Only the images whose ids match 2007_*.\n- Recipe: small." in plan.out
-    both = run_program(f"{PIPELINE} {VGG} --ids a --list_dir lists", tmp_path)
-    both.assert_failed(2, "--ids", "--list_dir")
+    run_program(f"{PIPELINE} {VGG} --ids a --list_dir b", tmp_path).assert_failed(2, "--ids")
 
 
 # Signals

@@ -68,24 +68,21 @@ def test_what_a_devkit_lacks_is_not_made_and_named(world):
     shutil.rmtree(world / "VOC" / "SegmentationClassAug")
     (world / "VOC" / "ImageSets" / "Segmentation" / "test.txt").unlink()
     result = run_program(PREPARE, world).check()
-    assert not (world / "lists" / "test.txt").exists()
-    assert not (world / "lists" / "train_aug.txt").exists()
-    assert "not made: test.txt" in result.out
-    assert "not made: train_aug.txt" in result.out
+    for name in ("test.txt", "train_aug.txt"):
+        assert not (world / "lists" / name).exists()
+        assert f"not made: {name}" in result.out
     assert "--sbd_root" in result.out
 
 
 def test_ids_select_from_all_lists(world):
     (world / "VOC" / "SegmentationClassAug" / "t1.png").unlink()  # SBD's masks alone lack train
     result = run_program(f"{PREPARE} --ids [tv]1", world).check()
-    lists = {name: read_ids(world / "lists" / name) for name in ("train.txt", "val.txt")}
-    assert lists == {"train.txt": ["t1"], "val.txt": ["v1"]}
-    assert read_ids(world / "lists" / "train_aug.txt") == ["t1"]
-    assert "not made: test.txt" in result.out and "--ids" in result.out
+    for name, ids in {"train": ["t1"], "val": ["v1"], "train_aug": ["t1"]}.items():
+        assert read_ids(world / "lists" / f"{name}.txt") == ids
+    assert "not made: test.txt" in result.out
     assert sorted(load_npy_dict(world / "lists" / "cls_labels.npy")) == ["t1", "v1"]
     run_program(f"{PREPARE} --ids z*", world).assert_failed(2, "--ids z*", "VOC")
-    flags = "--image_folders VOC --ids t1"
-    run_program(f"voc12.prepare {flags}", world).assert_failed(2, "--ids", "--voc12_root")
+    run_program(f"{FOLDERS} --ids t1", world).assert_failed(2, "--ids", "--voc12_root")
 
 
 @pytest.mark.parametrize("below", ["cls", "benchmark_RELEASE/dataset/cls"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import contents, run_program
+from helpers import contents
 from PIL import Image
 
 from tool.labels import VOID
@@ -83,8 +83,3 @@ def test_folders_with_other_content_are_refused(devkit, tmp_path):
     with pytest.raises(DataError, match="these arguments"):
         toy.make_devkit(devkit, IMAGES - 1, SIZE, SEED)
     assert [path.name for path in tmp_path.iterdir()] == ["work.txt"]
-
-
-def test_the_command_line(tmp_path):
-    outcome = run_program("voc12.toy devkit --images 2 --size 64", tmp_path).check()
-    assert outcome.out == "devkit: 2 images (1 train, 1 val).\n"
