@@ -20,8 +20,10 @@ from torch import Tensor
 
 from tool.affinity import pair_offsets, source_grid
 
-# Only products of CSR matrices and vectors are used.
+# Only products of CSR matrices and vectors are used, and no invariant needs a check (PyTorch 2.11
+# warns although that is said).
 warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 # The part of the series' coefficients that may be left out (they sum to one); 256 steps then take
 # 90 products. It bounds the error in the norm in which T is symmetric; the error of a single score,

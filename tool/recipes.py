@@ -33,9 +33,9 @@ RECIPES["small"] = {
     "train_cls": "--lr 0.003 --momentum 0.9 --batch_size 16 --max_epoches 15 --crop_size 320 "
     "--wt_dec 5e-4 --val_crop_size 320",
     "infer_cls": "--low_alpha 4 --high_alpha 32 --scales 1 0.5",
-    "train_aff": "--lr 0.01 --momentum 0.9 --batch_size 8 --max_epoches 20 --crop_size 320 "
+    "train_aff": "--lr 0.01 --momentum 0.9 --batch_size 8 --max_epoches 12 --crop_size 320 "
     "--wt_dec 5e-4",
-    "infer_aff": "--alpha 16 --beta 8 --radius 5 --logt 6",
+    "infer_aff": "--alpha 8 --beta 8 --radius 5 --logt 4",
     "train_seg": "--lr 0.001 --batch_size 10 --max_iters 600 --wt_dec 5e-4 --crop_size 224 "
     "--scale 0.5 1 --hsv_shift 0",
     "infer_seg": "--scales 0.75 --crf --crf_steps 10 --crf_bilateral 4 121 5",
