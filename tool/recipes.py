@@ -28,7 +28,7 @@ RECIPES["vgg16_convolutions"] = RECIPES["vgg16"] | {
     "train_aff": "--lr 0.01 --momentum 0.9 --batch_size 8 --max_epoches 8 --crop_size 448 "
     "--wt_dec 5e-4",
 }
-# VOC's 2007 images from VGG-16's convolutions, in two hours on two cores; chosen on train.
+# VOC's 2007 images from VGG-16's convolutions, in an hour on two cores; chosen on train.
 RECIPES["small"] = {
     "train_cls": "--lr 0.003 --momentum 0.9 --batch_size 16 --max_epoches 15 --crop_size 320 "
     "--wt_dec 5e-4 --val_crop_size 320",
